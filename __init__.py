@@ -1,0 +1,47 @@
+"""Mamba language, audio and DNA models for PyTorch Lightning, on kernels that need no compiler."""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+# an editable install reaches the package through a link; tracebacks shall name the real files
+__path__ = [os.path.realpath(path) for path in __path__]
+
+# the public face: what a user imports from here, and the file that defines it
+_FACE = {
+    "selective_scan": "kernels.scan",
+    "selective_state_update": "kernels.step",
+    "causal_conv1d": "kernels.conv",
+    "causal_conv1d_update": "kernels.conv",
+    "rms_norm": "kernels.norm",
+    "Backbone": "zoo.backbone",
+    "BackboneConfig": "zoo.config",
+    "Mamba": "zoo.mamba",
+    "LanguageModel": "zoo.language",
+    "TextDataModule": "datamodules.text",
+    "from_pretrained": "checkpoints.io",
+}
+__all__ = [*_FACE, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .checkpoints.io import from_pretrained
+    from .datamodules.text import TextDataModule
+    from .kernels.conv import causal_conv1d, causal_conv1d_update
+    from .kernels.norm import rms_norm
+    from .kernels.scan import selective_scan
+    from .kernels.step import selective_state_update
+    from .zoo.backbone import Backbone
+    from .zoo.config import BackboneConfig
+    from .zoo.language import LanguageModel
+    from .zoo.mamba import Mamba
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'mambazoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_FACE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,138 @@
+"""The contract between data and tasks, and the data module that every domain's builds on.
+
+A batch is a dict of tensors:
+    inputs     (b, l) integer tokens, or (b, l, features)
+    targets    (b, l) integers, -100 where nothing is to be predicted, and/or labels (b,)
+    weights    (b, l), optional: what each target counts in the loss
+    cu_seqlens (s + 1,) int32, optional, beside b = 1: sequence i is [cu_seqlens[i], cu_seqlens[i + 1])
+    bytes      (), optional: the bytes of text that the targets stand for
+
+Tasks and data modules meet nowhere else: a data module knows no model, a task no file.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .order import EndlessBatches, permute
+
+Batch = Mapping[str, Tensor]
+
+
+class Samples(Protocol):
+    """A set of samples that can be read in any order, and differently on every pass (random offsets, augmentation)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, pass_: int) -> dict[str, Any]: ...
+
+
+class DataModule(L.LightningDataModule):
+    """Serve training samples in the endless seeded order of datamodules/order.py, held-out ones from first to last.
+
+    A subclass prepares its data in `prepare_data` and `setup`, which sets `samples`: "train", "val" and, where there is
+    one, "test". PROVIDES names the attributes that a model must know and that it has from the start (`vocab_size`);
+    `vocabulary` is what a checkpoint must keep to read and write tokens.
+
+    Args:
+        batch_size: samples per device and step.
+        num_workers: processes that read ahead; 0 reads in the main one. The order does not depend on it.
+        seed: of the order.
+    """
+
+    PROVIDES: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size: must be 1 or more, not {batch_size}")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.samples: dict[str, Samples] = {}
+        # training samples consumed over all ranks: the whole state of the order
+        self.position = 0
+
+    @property
+    def vocabulary(self) -> dict[str, Any] | None:
+        """Plain values from which datamodules/vocab.py rebuilds what turns text into tokens and back."""
+        return None
+
+    def describe(self) -> str:
+        """What there is to read, in a few words."""
+        return f"batches of {self.batch_size}"
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch of samples."""
+        return default_collate(rows)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        world, rank = self._world()
+        batches = EndlessBatches(self.position, self.batch_size, rank, world)
+        return self._loader(_Ordered(self.samples["train"], self.seed), batches)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._held_out("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._held_out("test" if "test" in self.samples else "val")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._held_out("test" if "test" in self.samples else "val")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # called once for every batch that is about to be used, never for one that a worker has read ahead
+        if self.trainer is not None and self.trainer.training:
+            self.position += self.batch_size * self._world()[0]
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "vocabulary": self.vocabulary}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def _held_out(self, split: str) -> DataLoader[Any]:
+        world, rank = self._world()
+        count = len(self.samples[split])
+        indices = list(range(rank, count, world))
+        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        return self._loader(_InOrder(self.samples[split]), batches)
+
+    def _loader(self, dataset: Dataset[Any], batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            # a generator of its own, so that opening a loader takes nothing from the global stream
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _world(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+class _Ordered(Dataset[Any]):
+    """Training samples by their number in the endless order."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        pass_, index = divmod(number, len(self.samples))
+        return self.samples.read(permute(index, len(self.samples), self.seed, pass_), pass_)
+
+
+class _InOrder(Dataset[Any]):
+    """Held-out samples by their index, the same on every pass."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.samples.read(index, 0)

@@ -1,0 +1,59 @@
+"""The order of the training data: endless, seeded, and reachable at any position without walking there.
+
+Sample number g, counted over all ranks since the first step, is sample `permute(g mod n)` of pass g // n. So the whole
+state of the data is one integer, the samples consumed; workers, ranks and resumed runs all read from the same order.
+"""
+
+from collections.abc import Iterator
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """Hash integers to 64 bits (the finaliser of SplitMix64, Steele et al. 2014, applied to each in turn)."""
+    x = 0x9E3779B97F4A7C15
+    for value in values:
+        x = (x ^ value) & _MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return x
+
+
+def permute(index: int, n: int, *key: int) -> int:
+    """Where a pseudo-random permutation of range(n), chosen by `key`, takes `index`: constant time and memory.
+
+    A four-round Feistel network on the next even number of bits, walked on until it falls below n (Black and Rogaway,
+    Ciphers with arbitrary finite domains, 2002).
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for round_ in range(4):
+            left, right = right, left ^ (mix(right, round_, *key) & low)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+class EndlessBatches:
+    """The batches of sample numbers that one rank reads, from a position on, for ever.
+
+    A global batch is world * batch_size samples in a row; rank r reads the r-th batch_size of them.
+    """
+
+    # so long that Lightning never looks for an end, and never fetches a batch ahead to find one
+    LENGTH = 1 << 40
+
+    def __init__(self, position: int, batch_size: int, rank: int, world: int) -> None:
+        self.position, self.batch_size, self.rank, self.world = position, batch_size, rank, world
+
+    def __len__(self) -> int:
+        return self.LENGTH
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.position + self.rank * self.batch_size
+        while True:
+            yield list(range(start, start + self.batch_size))
+            start += self.world * self.batch_size

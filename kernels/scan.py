@@ -1,0 +1,229 @@
+"""The selective scan, the operation every Mamba layer is built on, with one signature for every back end.
+
+    h_t = exp(delta_t A) h_{t-1} + gain_t B_t u_t,   y_t = C_t . h_t + D u_t        (Mamba, equations 2 and 4)
+
+The public function checks its arguments and calls a `torch.library` operator, so that torch.compile, torch.export,
+activation checkpointing and autocast see one node with a known gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from . import reference, scan_torch
+
+DISCRETIZATIONS = ("euler", "zoh")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    discretization: str = "euler",
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scan u (b, l, d) with steps delta; return y (b, l, d) and, when asked for, the last state (b, d, n), else None.
+
+    Args:
+        u: the input (b, l, d), float32, bfloat16, float16 or float64.
+        delta: the step size (b, l, d), or (d,) where it does not depend on the input.
+        A: the diagonal of the state matrix (d, n), real float32 or complex64 (float64, complex128 beside float64 u).
+        B, C: selective (b, l, n), selective by groups of channels (b, l, g, n), or constant (d, n). Complex beside a
+            complex A; then the state is complex too and y = 2 Re(C . h) + D u.
+        D: the skip (d,).
+        z: the gate (b, l, d); y is multiplied by silu(z).
+        delta_bias: added to delta (d,). delta_softplus: then delta = softplus(delta).
+        initial_state: the state before the first step (b, d, n), differentiable as the last one is.
+        cu_seqlens: int32 (s + 1,), for b = 1: sequence i fills [cu_seqlens[i], cu_seqlens[i + 1]) and has its own state,
+            so that states are (s, d, n) and nothing flows from one sequence to the next.
+        reverse: scan from the last step to the first; the initial state enters at the last, the final one is at the first.
+        discretization: "euler" takes gain = delta, as every released Mamba does; "zoh", the exact hold, expm1(delta A)/A.
+        deterministic: bitwise the same result from run to run, gradients included; every back end there is does so.
+        backend: "torch" or "reference"; None leaves it to the device and to MAMBAZOO_BACKEND.
+
+    Raises:
+        ValueError: when shapes, dtypes, devices or cu_seqlens do not fit; the message names the argument.
+
+    Source: Gu and Dao, Mamba (arXiv 2312.00752), section 3 and algorithm 2; complex A as in Gu et al., S4D (2206.11893).
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, discretization)
+    name = backends.choose(u.device, backend)
+    if name == "reference":
+        y, final_state = reference.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse, discretization=discretization,
+        )  # fmt: skip
+    else:
+        y, final_state, _ = _scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            delta_softplus, return_final_state, reverse, discretization,
+        )  # fmt: skip
+    return y, final_state if return_final_state else None
+
+
+@torch.library.custom_op("mambazoo::selective_scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    return_final_state: bool,
+    reverse: bool,
+    discretization: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(u.device.type, enabled=False):
+        y, final_state, starts = scan_torch.scan_fwd(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
+        )
+    return y, final_state if return_final_state else final_state.new_empty(0), starts
+
+
+@torch.library.custom_op("mambazoo::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor | None,
+    d_final: Tensor | None,
+    starts: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    discretization: str,
+) -> list[Tensor]:
+    """The gradient of each tensor from u to initial_state; an empty tensor where there was none."""
+    with torch.autocast(u.device.type, enabled=False):
+        gradients = scan_torch.scan_bwd(
+            dy, d_final, starts,
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization,
+        )  # fmt: skip
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return [
+        u.new_empty(0) if x is None else gradient.to(x.dtype).contiguous()
+        for x, gradient in zip(inputs, gradients, strict=True)
+    ]
+
+
+@_scan.register_fake
+def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
+    return_final_state = flags[1]
+    states = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
+    final_state = u.new_empty((states, *A.shape) if return_final_state else 0, dtype=dtype)
+    starts = u.new_empty(scan_torch.starts_shape(u, A, B, C), dtype=dtype)
+    return torch.empty_like(u, memory_format=torch.contiguous_format), final_state, starts
+
+
+@_scan_backward.register_fake
+def _scan_backward_fake(dy, d_final, starts, u, delta, A, B, C, D, z, delta_bias, initial_state, *rest):  # type: ignore[no-untyped-def]
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return [u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, delta_softplus, ctx.returned_final_state, reverse, discretization = inputs
+    ctx.flags = (delta_softplus, reverse, discretization)
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, d_final, _):  # type: ignore[no-untyped-def]
+    starts, *tensors = ctx.saved_tensors
+    d_final = d_final if ctx.returned_final_state else None
+    gradients = _scan_backward(dy, d_final, starts, *tensors, *ctx.flags)
+    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:9], strict=True))
+    return *wanted, None, None, None, None, None
+
+
+_scan.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    discretization: str,
+) -> None:
+    if u.ndim != 3 or not u.is_floating_point():
+        raise ValueError(f"u must be (b, l, d) and floating point, not {tuple(u.shape)} {u.dtype}")
+    (b, l, d), n = u.shape, A.shape[-1]
+    real = torch.promote_types(u.dtype, torch.float32)
+    complex_ = torch.promote_types(real, torch.complex32)
+    if A.ndim != 2 or A.shape[0] != d or A.dtype not in (real, complex_):
+        raise ValueError(
+            f"A must be (d, n) = ({d}, n) in {real} or {complex_}, not {tuple(A.shape)} {A.dtype}: "
+            "keep A in full precision under mixed precision"
+        )
+    if not 1 <= n <= 256:
+        raise ValueError(f"A has n = {n} states a channel; 1 to 256 are supported")
+    if cu_seqlens is None:
+        states = b
+    else:
+        if b != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+            raise ValueError(
+                f"cu_seqlens must be int32 (s + 1,) beside b = 1, not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} "
+                f"beside b = {b}: pack the sequences along the length"
+            )
+        states = len(cu_seqlens) - 1
+    _expect("delta", delta, u.device, (b, l, d), (d,))
+    for name, matrix in (("B", B), ("C", C)):
+        _expect(name, matrix, u.device, (b, l, n), (b, l, None, n), (d, n))
+        if matrix.ndim == 4 and d % matrix.shape[2]:
+            raise ValueError(f"{name} has {matrix.shape[2]} groups, which do not divide d = {d} channels")
+        if matrix.is_complex() != A.is_complex():
+            raise ValueError(f"{name} must be {'complex' if A.is_complex() else 'real'}, as A is, not {matrix.dtype}")
+    if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2] and 1 not in (B.shape[2], C.shape[2]):
+        raise ValueError(f"B has {B.shape[2]} groups and C has {C.shape[2]}: give them the same number, or one of them 1")
+    for name, vector in (("A", A), ("D", D), ("delta_bias", delta_bias)):
+        _expect(name, vector, u.device, (d, n) if name == "A" else (d,))
+    _expect("z", z, u.device, (b, l, d))
+    _expect("initial_state", initial_state, u.device, (states, d, n))
+    if initial_state is not None and initial_state.dtype != A.dtype:
+        raise ValueError(f"initial_state must be {A.dtype}, as A is, not {initial_state.dtype}")
+    if discretization not in DISCRETIZATIONS:
+        raise ValueError(f"discretization must be one of {', '.join(DISCRETIZATIONS)}, not {discretization!r}")
+
+
+def _expect(name: str, x: Tensor | None, device: torch.device, *shapes: tuple[int | None, ...]) -> None:
+    """Refuse a tensor on another device or whose shape is none of `shapes`, where None stands for any size."""
+    if x is None:
+        return
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} and u on {device}: move them to one device")
+    for shape in shapes:
+        if len(shape) == x.ndim and all(want in (None, size) for want, size in zip(shape, x.shape, strict=True)):
+            return
+    wanted = " or ".join(str(shape).replace("None", "g") for shape in shapes)
+    raise ValueError(f"{name} must be {wanted}, not {tuple(x.shape)}")

@@ -1,0 +1,142 @@
+"""The command `mambazoo VERB ...`. Verbs that only read recipes start without PyTorch.
+
+Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong, 128 + n stopped by signal n.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+# what each verb that takes a recipe or a run and key=value overrides does
+_TRAINING = {
+    "fit": "train a recipe: mambazoo fit language/demo trainer.max_steps=1000",
+    "resume": "go on with a run, exactly, from its newest checkpoint",
+    "validate": "measure a run's best checkpoint",
+    "test": "measure a run's best checkpoint on its test split",
+    "predict": "write what a run's best checkpoint says of each held-out sequence",
+}
+_FLAGS = ("generate", "bench", "info")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _run(given)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (ValueError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        print(_message(error), file=sys.stderr)
+        code = 2
+    except FloatingPointError as error:
+        print(f"mambazoo: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+def _run(given: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mambazoo", description="A model zoo on one Mamba backbone.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    listing = verbs.add_parser("ls", help="list the recipes")
+    listing.add_argument("filter", nargs="?", default="", help="a part of their names")
+    for verb, summary in (("show", "print a recipe with everything resolved"), ("check", "find all that is wrong with one")):
+        _with_overrides(verbs.add_parser(verb, help=summary), "a packaged recipe, a YAML file, or a run folder")
+    copying = verbs.add_parser("cp", help="copy a recipe to edit it")
+    copying.add_argument("recipe")
+    copying.add_argument("path", nargs="?", help="where to; the recipe's own name by default")
+    for verb, summary in _TRAINING.items():
+        what = "a packaged recipe, a YAML file, or a run folder" if verb == "fit" else "a run folder"
+        _with_overrides(verbs.add_parser(verb, help=summary), what)
+    modules: dict[str, Any] = {}
+    for verb in _FLAGS:
+        # their flags are declared beside their code, which imports PyTorch only when it runs
+        modules[verb] = __import__(f"{__package__}.{verb}", fromlist=["run"])
+        modules[verb].add_arguments(verbs.add_parser(verb, help=modules[verb].SUMMARY))
+
+    options = parser.parse_args(given)
+    if options.version:
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    if options.verb is None:
+        parser.print_help()
+        return 2
+    if options.verb in modules:
+        return modules[options.verb].run(options)
+    if options.verb in _TRAINING:
+        logging.basicConfig(format="%(message)s")
+        from . import train
+
+        verb: Callable[[str, list[str]], int] = getattr(train, options.verb)
+        return verb(options.recipe, options.overrides)
+    return {"ls": _ls, "show": _show, "cp": _cp, "check": _check}[options.verb](options)
+
+
+def _with_overrides(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("recipe", help=what)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to change, as in trainer.devices=4")
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from .find import packaged
+
+    for recipe in packaged():
+        if recipe.runs and options.filter in recipe.name:
+            print(f"{recipe.name:24} {recipe.head[0]}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    import yaml
+
+    from .find import compose, find
+
+    print(yaml.safe_dump(compose(find(options.recipe), options.overrides), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _cp(options: argparse.Namespace) -> int:
+    from .find import copy, find
+
+    path = Path(options.path or f"{options.recipe.rpartition('/')[2]}.yaml")
+    copy(find(options.recipe), path)
+    print(f"{path}: edit it, then `mambazoo fit {path}`")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .check import check
+
+    return check(options.recipe, options.overrides)
+
+
+def _message(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    return "\n".join(f"mambazoo: {line}" for line in text.splitlines())
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this package's own code, and so says what to do; others keep their trace."""
+    if os.environ.get("MAMBAZOO_TRACEBACK"):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(Path(__file__).resolve().parents[1])

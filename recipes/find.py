@@ -1,0 +1,141 @@
+"""Recipes as files: where they are, what they extend, and what they say once everything is resolved.
+
+A recipe is YAML. `extends` names what it builds on, packaged recipes or files relative to it; `vars` holds values that
+several keys read as ${vars.name}. Overrides are merged before anything is resolved, so that no value is ever stale.
+Nothing here needs PyTorch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent
+SECTIONS = ("seed_everything", "model", "data", "trainer", "callbacks", "loggers", "plugins")
+# a run folder keeps the recipe it ran under this name
+KEPT = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was found: its name, its file."""
+
+    name: str
+    path: Path
+
+    @property
+    def head(self) -> list[str]:
+        """The comment at its top, a line each."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        head = []
+        for line in lines:
+            if not line.startswith("#"):
+                break
+            head.append(line.lstrip("# ").rstrip())
+        return head
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is a whole run and not a fragment that others extend."""
+        return any(line.startswith("mambazoo ") for line in self.head)
+
+
+def packaged() -> list[Recipe]:
+    """The recipes and fragments that come with the package."""
+    files = sorted(ROOT.rglob("*.yaml"))
+    return [Recipe(file.relative_to(ROOT).with_suffix("").as_posix(), file) for file in files]
+
+
+def find(name: str) -> Recipe:
+    """The recipe that a packaged name, a path or a run folder stands for.
+
+    Raises:
+        FileNotFoundError: when there is none; the message names the nearest.
+    """
+    for recipe in packaged():
+        if recipe.name == name:
+            return recipe
+    path = Path(name).expanduser()
+    if (path / KEPT).is_file():
+        return Recipe(_kept_name(path), path / KEPT)
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return Recipe(path.stem, path)
+    from difflib import get_close_matches
+
+    names = [recipe.name for recipe in packaged() if recipe.runs]
+    close = get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else "`mambazoo ls` lists the recipes"
+    raise FileNotFoundError(f"there is no recipe, file or run folder {name!r}; {hint}")
+
+
+def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
+    """The recipe with what it extends and with key=value overrides, every ${...} resolved, as plain values.
+
+    Raises:
+        ValueError: for YAML that cannot be read, a cycle, an override without =, a value that is missing or an
+            interpolation that leads nowhere; the message names the file or key.
+    """
+    config = _load(recipe.path, ())
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} is not key=value, as in trainer.max_steps=1000")
+        try:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))  # type: ignore[assignment]
+        except Exception as error:
+            raise ValueError(f"{key}: {value!r} cannot be set here ({_first_line(error)})") from None
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key}: must be given, as in {error.full_key}=VALUE") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or recipe.name}: {_first_line(error)}") from None
+    assert isinstance(plain, dict)
+    plain.pop("vars", None)
+    known = {key: plain.pop(key) for key in SECTIONS if key in plain}
+    return {**known, **{str(key): value for key, value in plain.items()}}
+
+
+def copy(recipe: Recipe, path: Path) -> None:
+    """Copy a recipe to edit it.
+
+    Raises:
+        ValueError: when there is a file of that name.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(recipe.path.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
+    """A file merged over what it extends."""
+    path = path.resolve()
+    if path in below:
+        raise ValueError(f"{path.name} extends itself: {' -> '.join(file.name for file in (*below, path))}")
+    try:
+        own = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"{below[-1].name} extends {path}, which does not exist") from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
+    if not isinstance(own, DictConfig):
+        raise ValueError(f"{path} must hold sections such as model, data and trainer")
+    extends = own.pop("extends", None) or []
+    parts = [extends] if isinstance(extends, str) else list(extends)
+    files = [path.parent / part if part.endswith((".yaml", ".yml")) else ROOT / f"{part}.yaml" for part in parts]
+    merged = OmegaConf.merge(*(_load(file, (*below, path)) for file in files), own)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _kept_name(run: Path) -> str:
+    """The name of the recipe that a run folder, runs/<name>/<number>, was made from."""
+    kept = OmegaConf.load(run / KEPT)
+    return str(kept.get("name", run.name)) if isinstance(kept, DictConfig) else run.name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

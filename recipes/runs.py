@@ -1,0 +1,160 @@
+"""The folder of a run: made before it starts, complete enough to go on from, closed with a summary and a picture.
+
+runs/<recipe>/<number>/
+    recipe.yaml    the recipe, resolved        env.json      versions, commit, command, hardware
+    metrics.csv    every logged value          checkpoints/  last.ckpt, previous.ckpt, best.ckpt
+    summary.json   the result                  loss.png      the curves
+    model/         the best weights, to use
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..zoo.journal import read_journal
+from .find import KEPT, ROOT
+
+# the processes that a launcher starts find the folder of their run here
+_RUN = "MAMBAZOO_RUN"
+_PACKAGES = ("mambazoo", "torch", "lightning", "triton", "numpy", "omegaconf", "jsonargparse", "tokenizers")
+
+
+def make_run(root: Path, name: str) -> Path:
+    """Make the folder of a new run, root/name/1, 2, ...; a process that the run itself started is given the same.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    if _RUN in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ[_RUN])
+    parent = root / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0) + 1
+        while True:
+            try:
+                (parent / str(number)).mkdir()
+                break
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise OSError(
+            error.errno, f"trainer.default_root_dir: {parent} cannot be written ({error.strerror}); name another folder"
+        ) from None
+    os.environ[_RUN] = str(parent / str(number))
+    return parent / str(number)
+
+
+def latest_run(path: Path) -> Path:
+    """A run folder, or the newest of the runs in runs/<recipe>.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    if (path / KEPT).is_file():
+        return path
+    runs = [run for run in path.iterdir() if run.name.isdigit() and (run / KEPT).is_file()] if path.is_dir() else []
+    if not runs:
+        raise FileNotFoundError(f"{path} is no run folder and holds none")
+    return max(runs, key=lambda run: int(run.name))
+
+
+def record(run: Path, name: str, config: dict[str, Any]) -> None:
+    """Keep what the run is made of: its recipe and its surroundings."""
+    kept = {"name": name, **_portable(config, f"{run}/")}
+    kept["trainer"]["default_root_dir"] = str(run.parents[name.count("/") + 1])
+    (run / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (run / "env.json").write_text(json.dumps(environment(), indent=2))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit, command line and hardware."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": shlex.join(["mambazoo", *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "hardware": devices or [f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"],
+    }
+
+
+def summarise(run: Path, recipe: str, monitor: str, mode: str, parameters: int, tokens: int, seconds: float) -> dict[str, Any]:
+    """Write summary.json from the run's log: the validation at its best, and what it took."""
+    series = read_journal(run)
+    val = {key.removeprefix("val/"): values for key, values in series.items() if key.startswith("val/")}
+    scored = [(value, step) for step, value in series.get(monitor, []) if math.isfinite(value)]
+    best = (min(scored) if mode == "min" else max(scored))[1] if scored else None
+    summary = {
+        "recipe": recipe,
+        "val": {key: value for key, values in val.items() for step, value in values if step == best},
+        "best_step": best,
+        "steps": max((step for step, _ in series.get("train/loss", [])), default=0),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds) if seconds else None,
+        "parameters": parameters,
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=2))
+    return summary
+
+
+def plot_losses(run: Path) -> Path:
+    """Draw the training and validation losses over the steps to loss.png."""
+    from matplotlib.figure import Figure
+
+    series = read_journal(run)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("train/loss", {"linewidth": 1, "alpha": 0.7}), ("val/loss", {"marker": "o", "markersize": 3})):
+        if key in series:
+            steps, values = zip(*sorted(series[key]), strict=True)
+            axes.plot(steps, values, label=key, **style)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=run.parent.name)
+    axes.grid(alpha=0.3)
+    if series:
+        axes.legend()
+    path = run / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _portable(value: Any, prefix: str) -> Any:
+    """Replace the run's own folder in every value by where it is said, so that a moved folder still reads right."""
+    if isinstance(value, dict):
+        return {key: _portable(item, prefix) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item, prefix) for item in value]
+    if isinstance(value, str) and value.startswith(prefix):
+        return "${trainer.default_root_dir}/" + value.removeprefix(prefix)
+    return "${trainer.default_root_dir}" if value == prefix.rstrip("/") else value
+
+
+def _commit() -> str | None:
+    """The commit of the source this runs from, with a + when it has changes; None for an installed package."""
+    try:
+        git = ["git", "-C", str(ROOT.parent), "--no-optional-locks"]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10)
+        if Path(top.stdout.strip()) != ROOT.parent:
+            return None
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -1,0 +1,213 @@
+"""The verbs that run a recipe through the trainer: fit, resume, validate, test, predict."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.io import load, save_pretrained
+from ..zoo.journal import rewind_journal
+from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
+from ..zoo.stopping import GracefulStop, StoppedError
+from ..zoo.throughput import Throughput
+from .find import compose, find
+from .launch import Launch, quiet
+from .runs import latest_run, make_run, plot_losses, record, summarise
+
+# the callbacks that a run without training needs
+_WATCHING = ("progress",)
+
+
+def fit(name: str, overrides: list[str]) -> int:
+    """Train a recipe from its start, in a run folder of its own."""
+    recipe = find(name)
+    config = compose(recipe, overrides)
+    run = make_run(Path(config.get("trainer", {}).get("default_root_dir") or "runs"), recipe.name)
+    try:
+        config = compose(recipe, [*overrides, f"trainer.default_root_dir={run}"])
+        launch = Launch(config)
+        _prepare(launch)
+    except BaseException:
+        # nothing has happened yet that would be worth a folder
+        if not any(run.iterdir()):
+            run.rmdir()
+        raise
+    if launch.trainer.is_global_zero:
+        record(run, recipe.name, config)
+    return _train(launch, run, recipe.name)
+
+
+def resume(name: str, overrides: list[str]) -> int:
+    """Go on with a run from its newest checkpoint, exactly as if it had never stopped."""
+    run = latest_run(Path(name))
+    path, problems = newest_checkpoint(run / "checkpoints")
+    for problem in problems:
+        print(f"passed over: {problem}", file=sys.stderr)
+    recipe = find(str(run))
+    place = f"trainer.default_root_dir={run}"
+    kept = compose(recipe, [place])
+    _refuse_changes(compose(recipe, [*overrides, place]), kept)
+    step = read_checkpoint(path)["global_step"]
+    if (kept.get("loggers") or {}).get("tensorboard"):
+        overrides = [*overrides, f"loggers.tensorboard.purge_step={step}"]
+    config = compose(recipe, [*overrides, place])
+    config.pop("name", None)
+    launch = Launch(config)
+    _prepare(launch)
+    os.environ["MAMBAZOO_RUN"] = str(run)
+    if launch.trainer.is_global_zero:
+        rewind_journal(run, step)
+    print(f"resuming {run} after step {step}", flush=True)
+    return _train(launch, run, recipe.name, path)
+
+
+def validate(name: str, overrides: list[str]) -> int:
+    """Measure a run's best checkpoint on the validation split."""
+    launch, path = _reopen(name, overrides)
+    with quiet():
+        results = launch.trainer.validate(
+            launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
+        )
+    print(json.dumps(results[0], indent=2))
+    return 0
+
+
+def test(name: str, overrides: list[str]) -> int:
+    """Measure a run's best checkpoint on the test split, or the validation split where there is none."""
+    launch, path = _reopen(name, overrides)
+    with quiet():
+        results = launch.trainer.test(
+            launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
+        )
+    print(json.dumps(results[0], indent=2))
+    return 0
+
+
+def predict(name: str, overrides: list[str]) -> int:
+    """Write what a run's best checkpoint says of each held-out sequence, a JSON object a line."""
+    launch, path = _reopen(name, overrides)
+    with quiet():
+        batches = launch.trainer.predict(launch.model, launch.datamodule, ckpt_path=path, weights_only=True)
+    lines = [json.dumps(row) for rows in batches or [] for row in rows]
+    output = Path(str(launch.trainer.default_root_dir)) / "predictions.jsonl"
+    write_whole(output, lambda file: file.write("\n".join([*lines, ""]).encode()))
+    print(f"{len(lines)} predictions in {output}")
+    return 0
+
+
+def _prepare(launch: Launch) -> None:
+    """Read the data before anything else: what is wrong with it is said before a run exists."""
+    if "LOCAL_RANK" not in os.environ:
+        logging.getLogger("mambazoo").setLevel(logging.INFO)
+        launch.datamodule.prepare_data()
+        launch.datamodule.setup("fit")
+
+
+def _train(launch: Launch, run: Path, name: str, checkpoint: Path | None = None) -> int:
+    trainer = launch.trainer
+    stopping = _callback(launch, GracefulStop)
+    checkpoints = _callback(launch, Checkpoints)
+    with quiet():
+        try:
+            trainer.fit(launch.model, launch.datamodule, ckpt_path=checkpoint, weights_only=True)
+            if checkpoints and checkpoints.owed and not (stopping and stopping.received):
+                # the run was killed in its last validation
+                trainer.validate(launch.model, launch.datamodule, verbose=False)
+        except StoppedError:
+            pass
+    if stopping and stopping.received:
+        if trainer.is_global_zero:
+            print(f"stopped after step {trainer.global_step}; go on with\n  mambazoo resume {run}")
+        return 128 + stopping.received
+    if trainer.is_global_zero:
+        _finish(launch, run, name)
+    return 0
+
+
+def _finish(launch: Launch, run: Path, name: str) -> None:
+    """Leave the result in the run folder and say where everything is."""
+    checkpoints = _callback(launch, Checkpoints)
+    throughput = _callback(launch, Throughput)
+    summary = summarise(
+        run,
+        name,
+        checkpoints.monitor if checkpoints else "val/loss",
+        checkpoints.mode if checkpoints else "min",
+        sum(parameter.numel() for parameter in launch.model.parameters()),
+        throughput.tokens if throughput else 0,
+        throughput.seconds if throughput else 0.0,
+    )
+    plot = plot_losses(run)
+    best = run / "checkpoints" / BEST
+    if best.exists():
+        model, vocabulary = load(best, task=type(launch.model))
+        extra = {file: (run / file).read_text(encoding="utf-8") for file in ("recipe.yaml",)}
+        extra["metrics.json"] = json.dumps(summary, indent=2)
+        extra["README.md"] = _card(name, run, summary)
+        save_pretrained(model, vocabulary, run / "model", extra)
+    scores = "  ".join(f"{key} {value:.4f}" for key, value in sorted(summary["val"].items()))
+    print(
+        f"\n{name}: {scores or 'no validation'}  at step {summary['best_step']} of {summary['steps']}\n"
+        f"  {summary['parameters']:,} parameters, {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_second'] or 0:,} tokens a second\n"
+        f"  model        {run / 'model'}\n"
+        f"  checkpoints  {run / 'checkpoints'}\n"
+        f"  log          {run / 'metrics.csv'}\n"
+        f"  loss plot    {plot}",
+        flush=True,
+    )
+
+
+def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
+    """The README of a model folder."""
+    env = json.loads((run / "env.json").read_text())
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(summary["val"].items()))
+    return (
+        f"# {name}\n\nTrained by `{env['command']}` at commit {env['commit'] or 'unknown'} on {', '.join(env['hardware'])}: "
+        f"{summary['parameters']:,} parameters, {summary['steps']} steps, {summary['seconds']:.0f} s. "
+        f"`recipe.yaml` holds every value.\n\n| validation | at step {summary['best_step']} |\n|---|---|\n{rows}\n"
+    )
+
+
+def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
+    """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is."""
+    path = Path(name)
+    run = path.parent.parent if path.suffix == ".ckpt" else latest_run(path)
+    if path.suffix != ".ckpt":
+        best = run / "checkpoints" / BEST
+        path = best if best.exists() else newest_checkpoint(run / "checkpoints")[0]
+    read_checkpoint(path)
+    config = compose(find(str(run)), [*overrides, f"trainer.default_root_dir={run}"])
+    config.pop("name", None)
+    config["loggers"] = {}
+    config["callbacks"] = {key: value for key, value in config["callbacks"].items() if key in _WATCHING}
+    return Launch(config), path
+
+
+def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Say what a resumed run cannot change: the model, and what the optimiser's saved state would override."""
+    before, after = _flat(kept), _flat(config)
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    refused = [key for key in changed if key.startswith("model.")]
+    if refused:
+        raise ValueError(
+            "\n".join(f"{key}: is {before.get(key)!r} in this run and cannot become {after.get(key)!r}" for key in refused)
+            + "\nthe checkpoint decides these; `mambazoo fit` starts a new run"
+        )
+    for key in changed:
+        if key.startswith("data.") or key == "trainer.max_steps":
+            print(f"{key}: was {before.get(key)!r}; the run will differ from one that never stopped", file=sys.stderr)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _callback(launch: Launch, kind: type[Any]) -> Any:
+    return next((callback for callback in launch.trainer.callbacks if isinstance(callback, kind)), None)

@@ -1,0 +1,64 @@
+"""The backbone every task shares: blocks in a row between a frontend that makes (b, l, d_model) and a head that reads it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .block import Block, RMSNorm
+from .config import BackboneConfig
+
+
+class Backbone(nn.Module):
+    """Map x (b, l, d_model) to y (b, l, d_model), causally; the state is a list, a layer's state each."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(mixer, config) for mixer in config.mixers)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self._scale_residual_projections()
+
+    @torch.no_grad()
+    def _scale_residual_projections(self) -> None:
+        """Shrink what is added to the stream by the square root of how often that happens (GPT-2, section 2.3)."""
+        additions = self.config.n_layers * (2 if self.config.d_mlp else 1)
+        for name, weight in self.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                weight /= math.sqrt(additions)
+
+    def forward(
+        self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[Any] | None]:
+        """Return y and, if a state came in, the state after the last step.
+
+        With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and states have
+        s rows.
+        """
+        residual, states = None, []
+        for i, layer in enumerate(self.layers):
+            before = None if state is None else state[i]
+            if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x, residual, after = checkpoint(layer, x, residual, before, cu_seqlens, use_reentrant=False)
+            else:
+                x, residual, after = layer(x, residual, before, cu_seqlens)
+            states.append(after)
+        y, _ = self.norm_f(x, residual)
+        return y, None if state is None else states
+
+    def step(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Map one token x (b, d_model); the state is moved on in place."""
+        residual = None
+        for i, layer in enumerate(self.layers):
+            x, residual, state[i] = layer.step(x, residual, state[i])
+        y, _ = self.norm_f(x, residual)
+        return y, state
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        """The state before the first token of `batch` sequences."""
+        return [layer.mixer.init_state(batch, device, dtype) for layer in self.layers]

@@ -1,0 +1,86 @@
+"""One layer: normalise the residual stream, mix along time, add; then, where there is one, the same with an MLP."""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.norm import rms_norm
+from .config import BackboneConfig
+from .mamba import Mamba
+
+
+class Mixer(Protocol):
+    """The face of everything that mixes along time; `step` repeated over l equals `forward`."""
+
+    def forward(self, x: Tensor, *, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]: ...
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+    def init_state(self, batch: int, device: torch.device | None, dtype: torch.dtype | None) -> Any: ...
+
+
+def build_mixer(name: str, config: BackboneConfig) -> nn.Module:
+    """The mixer that a backbone's pattern calls `name`."""
+    builders = {"mamba": lambda: Mamba(config.d_model, config.mamba)}
+    return builders[name]()
+
+
+class RMSNorm(nn.Module):
+    """Add to the residual stream, which stays in float32, and normalise it (kernels/norm.py)."""
+
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
+
+
+class MLP(nn.Module):
+    """The gated MLP, silu(x W1) * (x W2) projected back (Shazeer, 2002.05202)."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, 2 * width, bias=False)
+        self.fc2 = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(y * F.silu(gate))
+
+
+class Block(nn.Module):
+    """A layer of the backbone. It takes the last layer's output apart from the stream, so that adding and norming fuse."""
+
+    def __init__(self, mixer: str, config: BackboneConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = build_mixer(mixer, config)
+        if config.d_mlp:
+            self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+            self.mlp = MLP(config.d_model, config.d_mlp)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, state: Any = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """x (b, l, d_model) is to be added to the residual stream; return the same pair one layer on, and the state."""
+        x, residual = self.norm(x, residual)
+        x, state = self.mixer(x, state=state, cu_seqlens=cu_seqlens)
+        x, residual = self._feed_forward(x, residual)
+        return x, residual, state
+
+    def step(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """The same for one token x (b, d_model)."""
+        x, residual = self.norm(x, residual)
+        x, state = self.mixer.step(x, state)
+        x, residual = self._feed_forward(x, residual)
+        return x, residual, state
+
+    def _feed_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "mlp"):
+            x, residual = self.norm2(x, residual)
+            x = self.mlp(x)
+        return x, residual

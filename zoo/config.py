@@ -1,0 +1,218 @@
+"""What a model is made of, as plain numbers: frozen dataclasses that read from and write to a JSON object."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Config:
+    """A dataclass of plain values that checks what it is given."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "") -> Self:
+        """Build from plain values, nested where a field is a config.
+
+        Raises:
+            ValueError: every unknown key with the nearest right one and every wrong type, a line each.
+        """
+        problems = cls.problems(values, where)
+        if problems:
+            raise ValueError("\n".join(problems))
+        hints = typing.get_type_hints(cls)
+        return cls(**{key: _build(hints[key], value) for key, value in values.items()})
+
+    @classmethod
+    def problems(cls, values: dict[str, Any], where: str = "") -> list[str]:
+        """Everything that keeps `values` from being this config, a sentence each, keys prefixed by `where`."""
+        prefix = f"{where}." if where else ""
+        hints = typing.get_type_hints(cls)
+        found = []
+        for key, value in values.items():
+            if key not in hints:
+                found.append(f"{prefix}{key}: there is no such key{nearest(key, hints)}")
+            elif isinstance(hints[key], type) and issubclass(hints[key], Config):
+                if isinstance(value, dict):
+                    found += hints[key].problems(value, prefix + key)
+                elif not isinstance(value, hints[key]):
+                    found.append(f"{prefix}{key}: must be a section of keys, not {value!r}")
+            elif not _fits(hints[key], value):
+                found.append(f"{prefix}{key}: must be {_describe(hints[key])}, not {value!r}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class MambaConfig(Config):
+    """The selective mixer (Mamba, sections 3.4 and 3.6); what the paper's tables 7 to 10 vary is a value here."""
+
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    # rank of the projection to delta; None is d_model / 16
+    dt_rank: int | None = None
+    # which of delta, B and C depend on the input (table 7)
+    selective: tuple[str, ...] = ("delta", "B", "C")
+    # s4d-real: -(n + 1); s4d-lin: -1/2 + n i, d_state / 2 complex states; constant: -1/2; random: exp(N(0, 1)) (table 8)
+    a_init: str = "s4d-real"
+    dt_init: str = "random"
+    dt_scale: float = 1.0
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+    conv_bias: bool = True
+    bias: bool = False
+    discretization: str = "euler"
+
+    def __post_init__(self) -> None:
+        _one_of("mamba.a_init", self.a_init, ("s4d-real", "s4d-lin", "constant", "random"))
+        _one_of("mamba.dt_init", self.dt_init, ("random", "constant"))
+        _one_of("mamba.discretization", self.discretization, ("euler", "zoh"))
+        for name in self.selective:
+            _one_of("mamba.selective", name, ("delta", "B", "C"))
+        _positive("mamba", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
+        if self.a_init == "s4d-lin" and self.d_state % 2:
+            raise ValueError(f"mamba.d_state: must be even for the complex A of s4d-lin, not {self.d_state}")
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Config):
+    """A row of blocks: their number and width, and which mixer each has."""
+
+    d_model: int = 768
+    n_layers: int = 24
+    # mixers in the order of the layers, repeated to n_layers: "mamba", "mamba*7 + attention"
+    pattern: str = "mamba"
+    # width of the gated MLP after every mixer; 0 is none, as in Mamba
+    d_mlp: int = 0
+    norm_eps: float = 1e-5
+    # recompute each block in the backward: less memory, a third more time
+    checkpoint_activations: bool = False
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+
+    def __post_init__(self) -> None:
+        _positive("backbone", self, "d_model", "n_layers", "norm_eps")
+        _ = self.mixers
+
+    @property
+    def mixers(self) -> list[str]:
+        """The name of every layer's mixer."""
+        names: list[str] = []
+        for part in self.pattern.split("+"):
+            name, star, count = (piece.strip() for piece in part.partition("*"))
+            _one_of("backbone.pattern", name, MIXERS)
+            if star and not count.isdigit():
+                raise ValueError(f"backbone.pattern: must read like 'mamba' or 'mamba*7 + other', not {self.pattern!r}")
+            names += [name] * (int(count) if star else 1)
+        if not names:
+            raise ValueError(f"backbone.pattern: {self.pattern!r} names no mixer")
+        return [names[i % len(names)] for i in range(self.n_layers)]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "backbone") -> Self:
+        """Build from plain values; `size` names a row of SIZES that the other values override."""
+        return super().from_dict(_unfold(values, where), where)
+
+    @classmethod
+    def problems(cls, values: dict[str, Any], where: str = "backbone") -> list[str]:
+        return super().problems(_unfold(values, where), where)
+
+
+MIXERS = ("mamba",)
+
+# the released state-spaces models, and below them the widths of the paper's DNA models (table 13)
+SIZES: dict[str, dict[str, int]] = {
+    "mamba-250k": {"d_model": 64, "n_layers": 8},
+    "mamba-700k": {"d_model": 96, "n_layers": 10},
+    "mamba-1.4m": {"d_model": 128, "n_layers": 12},
+    "mamba-3.5m": {"d_model": 192, "n_layers": 14},
+    "mamba-7m": {"d_model": 256, "n_layers": 16},
+    "mamba-19m": {"d_model": 384, "n_layers": 20},
+    "mamba-41m": {"d_model": 512, "n_layers": 24},
+    "mamba-130m": {"d_model": 768, "n_layers": 24},
+    "mamba-370m": {"d_model": 1024, "n_layers": 48},
+    "mamba-790m": {"d_model": 1536, "n_layers": 48},
+    "mamba-1.4b": {"d_model": 2048, "n_layers": 48},
+    "mamba-2.8b": {"d_model": 2560, "n_layers": 64},
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Config):
+    """AdamW and its schedule; the defaults are those of the paper's improved recipe (Mamba, appendix E.2.1)."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    # cosine: down to min_lr at the trainer's last step; constant: lr after the warm-up
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    min_lr: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        _positive("optimizer", self, "lr", "eps")
+
+
+def nearest(word: str, words: typing.Iterable[str]) -> str:
+    """", did you mean ...?" for the most similar word, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _unfold(values: dict[str, Any], where: str) -> dict[str, Any]:
+    if "size" not in values:
+        return values
+    rest = {key: value for key, value in values.items() if key != "size"}
+    if values["size"] not in SIZES:
+        raise ValueError(f"{where}.size: {values['size']!r} is none of {', '.join(SIZES)}")
+    return {**SIZES[values["size"]], **rest}
+
+
+def _build(hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, dict):
+        return hint.from_dict(value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return float(value) if hint is float else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or (kinds[-1] is not ... and len(kinds) != len(value)):
+            return False
+        return all(_fits(kinds[0], item) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        many = "a list" if kinds[-1] is ... else f"a list of {len(kinds)}"
+        return f"{many} ({_describe(kinds[0])})"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[hint]
+
+
+def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{where}: must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}")
+
+
+def _positive(where: str, config: Config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{where}.{name}: must be above 0, not {getattr(config, name)}")

@@ -1,0 +1,194 @@
+"""The Mamba mixer: project, convolve, scan with steps and matrices chosen by the input, gate, project back.
+
+    x -+- u - conv - silu -+- scan - * - out
+       |                   +- delta, B, C
+       +- z ------ silu -----------'                 (Mamba, section 3.4 and algorithm 2)
+
+Parameters carry the reference implementation's names and initial values, so that its checkpoints fit.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.conv import causal_conv1d, causal_conv1d_update
+from ..kernels.scan import selective_scan
+from ..kernels.step import selective_state_update
+from .config import MambaConfig
+
+
+class MambaState(NamedTuple):
+    """All a Mamba layer remembers: the last inputs of the convolution and the state of the scan."""
+
+    conv: Tensor  # (b, d_conv - 1, d_inner)
+    ssm: Tensor  # (b, d_inner, n), float32 or complex64
+
+
+class Mamba(nn.Module):
+    """Mix x (b, l, d_model) along l with a selective state space model."""
+
+    def __init__(self, d_model: int, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.d_inner = config.expand * d_model
+        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+        self.complex = config.a_init == "s4d-lin"
+        # states of A, and real numbers in a row of B or C
+        self.n = config.d_state // 2 if self.complex else config.d_state
+        widths = {"delta": self.dt_rank, "B": config.d_state, "C": config.d_state}
+        self.selected = {name: width for name, width in widths.items() if name in config.selective}
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner, bias=config.conv_bias
+        )
+        if self.selected:
+            self.x_proj = nn.Linear(self.d_inner, sum(self.selected.values()), bias=False)
+        if "delta" in self.selected:
+            self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        else:
+            self.dt_bias = nn.Parameter(torch.empty(self.d_inner))
+        for name in ("B", "C"):
+            if name not in self.selected:
+                self.register_parameter(name, nn.Parameter(torch.empty(self.d_inner, config.d_state)))
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, self.n))
+        if self.complex:
+            self.A_imag = nn.Parameter(torch.empty(self.d_inner, self.n))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set initial values: S4D-type A, and steps log-uniform between dt_min and dt_max (Mamba, section 3.6)."""
+        config = self.config
+        n = torch.arange(self.n, dtype=torch.float32)
+        rows = {
+            "s4d-real": torch.log(n + 1),
+            "s4d-lin": torch.full((self.n,), math.log(0.5)),
+            "constant": torch.full((self.n,), math.log(0.5)),
+            "random": torch.randn(self.d_inner, self.n),
+        }
+        self.A_log.copy_(rows[config.a_init])
+        if self.complex:
+            self.A_imag.copy_(n)
+        self.D.fill_(1.0)
+        for name in ("B", "C"):
+            if name not in self.selected:
+                matrix = self.get_parameter(name)
+                nn.init.ones_(matrix) if name == "B" else nn.init.normal_(matrix)
+        for projection in (self.in_proj, self.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+        if "delta" in self.selected:
+            spread = self.dt_rank**-0.5 * config.dt_scale
+            if config.dt_init == "constant":
+                nn.init.constant_(self.dt_proj.weight, spread)
+            else:
+                nn.init.uniform_(self.dt_proj.weight, -spread, spread)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        step = torch.exp(torch.rand(self.d_inner) * (high - low) + low).clamp(min=config.dt_floor)
+        # the inverse of softplus
+        self.delta_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    @property
+    def delta_bias(self) -> Tensor:
+        return self.dt_proj.bias if "delta" in self.selected else self.dt_bias
+
+    @property
+    def A(self) -> Tensor:
+        """The diagonal of the state matrix (d_inner, n): negative real parts, float32 whatever the weights are."""
+        real = -torch.exp(self.A_log.float())
+        return torch.complex(real, self.A_imag.float().expand_as(real)) if self.complex else real
+
+    def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the input chooses, delta (..., d_inner) before its bias, B and C (..., n), or their constants."""
+        chosen = {}
+        if self.selected:
+            chosen = dict(zip(self.selected, self.x_proj(u).split(list(self.selected.values()), -1), strict=True))
+        if "delta" in chosen:
+            # the bias goes to the scan, which adds it in float32
+            delta = F.linear(chosen["delta"], self.dt_proj.weight)
+        else:
+            delta = torch.zeros_like(self.dt_bias)
+        return delta, self._matrix("B", chosen), self._matrix("C", chosen)
+
+    def _matrix(self, name: str, chosen: dict[str, Tensor]) -> Tensor:
+        matrix = chosen[name] if name in chosen else self.get_parameter(name)
+        if self.complex:
+            return torch.view_as_complex(matrix.float().unflatten(-1, (-1, 2)).contiguous())
+        return matrix
+
+    def forward(
+        self, x: Tensor, *, state: MambaState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MambaState | None]:
+        """Mix x (b, l, d_model); return y of the same shape and, if a state came in, the state after the last step.
+
+        With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and states have
+        s rows.
+        """
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv_state = causal_conv1d(
+            u,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state.conv,
+            return_final_state=state is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        delta, B, C = self.select(u)
+        y, ssm_state = selective_scan(
+            u,
+            delta,
+            self.A,
+            B,
+            C,
+            self.D,
+            z,
+            self.delta_bias,
+            delta_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=state is not None,
+            cu_seqlens=cu_seqlens,
+            discretization=self.config.discretization,
+        )
+        y = self.out_proj(y)
+        if conv_state is None or ssm_state is None:
+            return y, None
+        return y, MambaState(conv_state, ssm_state)
+
+    def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """Mix one token x (b, d_model); the state is moved on in place."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = causal_conv1d_update(
+            u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        delta, B, C = self.select(u)
+        # a constant matrix is one of the batch with a group for every channel
+        B, C = B if "B" in self.selected else B[None], C if "C" in self.selected else C[None]
+        y = selective_state_update(
+            state.ssm,
+            u,
+            delta,
+            self.A,
+            B,
+            C,
+            self.D,
+            z,
+            self.delta_bias,
+            delta_softplus=True,
+            discretization=self.config.discretization,
+        )
+        return self.out_proj(y), state
+
+    def init_state(self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> MambaState:
+        """The state before the first token, zeros; the convolution's inputs are kept in `dtype`."""
+        device, dtype = device or self.D.device, dtype or self.in_proj.weight.dtype
+        conv = torch.zeros(batch, self.config.d_conv - 1, self.d_inner, device=device, dtype=dtype)
+        ssm_dtype = torch.complex64 if self.complex else torch.float32
+        return MambaState(conv, torch.zeros(batch, self.d_inner, self.n, device=device, dtype=ssm_dtype))

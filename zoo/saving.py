@@ -1,0 +1,208 @@
+"""Checkpoints that survive anything: written whole or not at all, and found again when the newest is damaged.
+
+Lightning 2.6 writes through a second file system's temporary folder and a copy, which a kill or a full disk cuts short,
+and restores a run whose validation was due as if that had happened. Both are mended here.
+"""
+
+import errno
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file beside path, flush it to the disk and rename it: path is never half a file.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; what was at path before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        code = error.errno if isinstance(error, OSError) else errno.EIO
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise OSError(code, f"{path} could not be written ({reason}); what was there before is whole") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a trainer's checkpoint: tensors and plain values only, never code.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when the file is damaged, is something else, or holds objects that loading would have to run code for.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    # a torch file is a zip archive, whose table of contents comes last: a file cut short has none
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a checkpoint, or not a whole one: {path.stat().st_size} bytes")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain values, and is not loaded otherwise: {detail}"
+        ) from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} holds no model: it has no state_dict")
+    return checkpoint
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run that can be read, and why newer ones cannot.
+
+    Raises:
+        FileNotFoundError: when none is left.
+    """
+    problems = []
+    found = [folder / name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return path, problems
+    detail = f" ({'; '.join(problems)})" if problems else ""
+    raise FileNotFoundError(f"{folder} holds no whole checkpoint{detail}")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """The trainer's way to the disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Keep the last checkpoint, the one before it, and the best by a metric of validation.
+
+    A checkpoint is written after an optimiser step, before the validation that may be due at it; a run resumed from
+    there makes that validation up, so that nothing is lost to a kill in between. The best is a second name of the file
+    that was last when it was validated: it costs nothing, and training can go on from it too.
+
+    Args:
+        folder: where to write.
+        every_n_steps: optimiser steps from one checkpoint to the next; one is also written before each validation.
+        monitor: the metric that decides what is best.
+        mode: "min" or "max".
+    """
+
+    def __init__(self, folder: str, every_n_steps: int, monitor: str = "val/loss", mode: str = "min") -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode: must be min or max, not {mode!r}")
+        self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
+        self.best: float | None = None
+        # whether validation was due when the checkpoint was written, and has not been since
+        self.owed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "owed": self.owed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.owed = state["best"], state["owed"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval % trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"trainer.val_check_interval: counts batches and must be a multiple of accumulate_grad_batches, "
+                f"{trainer.accumulate_grad_batches}, not {trainer.val_check_interval}"
+            )
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.owed:
+            return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
+        interval = trainer.val_check_batch
+        self.owed = last or (interval is not None and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
+        if self.owed or trainer.should_stop or step % self.every_n_steps == 0:
+            self.save(trainer)
+        if last:
+            # Lightning validates once more before it stops
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not self.owed:
+            return
+        self.owed = False
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise ValueError(
+                f"trainer.callbacks.checkpoints.monitor: validation measures no {self.monitor!r}; "
+                f"it measures {', '.join(sorted(trainer.callback_metrics))}"
+            )
+        now = float(value)
+        if self.best is None or (now < self.best if self.mode == "min" else now > self.best):
+            self.best = now
+            if trainer.is_global_zero:
+                _second_name(self.folder / LAST, self.folder / BEST)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the last checkpoint; the one that was last becomes the previous."""
+        last = self.folder / LAST
+        if trainer.is_global_zero and last.exists():
+            _second_name(last, self.folder / PREVIOUS)
+        trainer.save_checkpoint(last, weights_only=False)
+
+
+def _second_name(file: Path, name: Path) -> None:
+    """Give a file another name, replacing what had it."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:
+        # not every file system knows links
+        shutil.copyfile(file, temporary)
+    os.replace(temporary, name)
+    sync_folder(name.parent)

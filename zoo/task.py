@@ -1,0 +1,93 @@
+"""What every LightningModule here has in common: the optimiser, guarded gradients, logging, the shape of its hooks.
+
+A task says what the loss of a batch is (`training_loss`) and what it measures on held-out data (`measure`); the batch
+is the dict that datamodules/base.py describes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .config import Config, OptimizerConfig
+from .optim import build_optimizer
+
+Batch = Mapping[str, Tensor]
+
+
+class Task(L.LightningModule):
+    """Train a model on batches of one kind and measure it."""
+
+    # a run may take this many steps in a row with gradients that are not finite, each left out, before it stops
+    MAX_SKIPPED = 2
+    # the arguments that are dicts in a recipe and configs in here, for checks before anything is built
+    CONFIGS: ClassVar[dict[str, type[Config]]] = {"optimizer": OptimizerConfig}
+
+    def __init__(self, optimizer: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.optimizer_config = OptimizerConfig.from_dict(optimizer or {}, "model.optimizer")
+        self._skipped = 0
+        self._losses: list[Tensor] = []
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The loss of a training batch, a scalar."""
+        raise NotImplementedError
+
+    def measure(self, batch: Batch, stage: str) -> None:
+        """Update and log the metrics of a held-out batch, named `{stage}/...`."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.training_loss(batch)
+        self._losses.append(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.measure(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.measure(batch, "test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # with the hyperparameters, all that it takes to build the model again
+        checkpoint["task"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def configure_optimizers(self) -> Any:
+        if self.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps: give the number of optimiser steps; the schedule ends there")
+        optimizer, schedule = build_optimizer(self, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and leave out a step whose gradient is not finite; Lightning calls this before every optimiser step."""
+        if gradient_clip_algorithm == "value":
+            raise ValueError("trainer.gradient_clip_algorithm: gradients are clipped by their norm; leave it out")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        self._guard(optimizer, norm)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/gradient_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def _guard(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        if torch.isfinite(norm):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        step = self.global_step + 1
+        if self._skipped > self.MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the gradient was not finite in {self._skipped} steps in a row, the last of them step {step}: "
+                "lower model.optimizer.lr, or look at the data of these steps; the last checkpoint is whole"
+            )
+        self.print(f"step {step}: the gradient is not finite ({norm.item()}); the step is left out")
+        # AdamW passes over parameters without a gradient
+        optimizer.zero_grad(set_to_none=True)
