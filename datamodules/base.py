@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .order import EndlessBatches, permute
+from .order import EndlessBatches, OrderedBatches, permute
 
 Batch = Mapping[str, Tensor]
 
@@ -96,9 +96,7 @@ class DataModule(L.LightningDataModule):
 
     def _held_out(self, split: str) -> DataLoader[Any]:
         world, rank = self._world()
-        count = len(self.samples[split])
-        indices = list(range(rank, count, world))
-        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        batches = OrderedBatches(len(self.samples[split]), self.batch_size, rank, world)
         return self._loader(_InOrder(self.samples[split]), batches)
 
     def _loader(self, dataset: Dataset[Any], batches: Any) -> DataLoader[Any]:

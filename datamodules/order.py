@@ -57,3 +57,17 @@ class EndlessBatches:
         while True:
             yield list(range(start, start + self.batch_size))
             start += self.world * self.batch_size
+
+
+class OrderedBatches:
+    """The batches of held-out sample numbers that one rank reads: every world-th sample, from first to last."""
+
+    def __init__(self, count: int, batch_size: int, rank: int, world: int) -> None:
+        self.indices, self.batch_size = range(rank, count, world), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield list(self.indices[start : start + self.batch_size])

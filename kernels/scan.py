@@ -135,7 +135,7 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *
     states = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
     final_state = u.new_empty((states, *A.shape) if return_final_state else 0, dtype=dtype)
-    starts = u.new_empty(scan_torch.starts_shape(u, A, B, C), dtype=dtype)
+    starts = u.new_empty(scan_torch.starts_shape(u, A, cu_seqlens is not None), dtype=dtype)
     return torch.empty_like(u, memory_format=torch.contiguous_format), final_state, starts
 
 

@@ -9,7 +9,8 @@ the adjoint down the same tile:
 
     G_t = C_t dy_t + decay_{t+1} G_{t+1}
 
-Memory is O(b l d) and a few tiles that fit the cache; (b, l, d, n) never exists.
+Memory is O(b l d) and a few tiles that fit the cache; (b, l, d, n) never exists. Packed sequences whose starts allow it
+are folded into rows of equal length, since many short walks side by side take less time than a long one.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # elements of one tile and of one of its steps: large against the cost of a call, small against the cache
-_TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
+_TILE = {"cpu": 1 << 20, "cuda": 1 << 26}
 _STEP = {"cpu": 1 << 16, "cuda": 1 << 23}
 # the state is kept once a tile: over 16 steps or more, that takes no more memory than u at n = 16
 _SHORTEST, _LONGEST = 16, 256
@@ -40,11 +41,12 @@ def scan_fwd(
     reverse: bool,
     discretization: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y (b, l, d), the last states (b or s, d, n) and the states where tiles start (k, b, g, n, e)."""
+    """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, the states where tiles start."""
     scan = _Scan(u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization)
     y = torch.empty_like(scan.u)
     final = scan.initial.clone()
-    starts = scan.A.new_empty(scan.count, scan.b, *scan.A.shape)
+    kept = scan.A.new_empty(starts_shape(u, A, cu_seqlens is not None))
+    starts = scan.starts(kept)
     starts[0] = 0 if scan.packed else scan.initial
     buffers = scan.buffers(2)
     for k, time, rows in scan.tiles():
@@ -55,20 +57,20 @@ def scan_fwd(
             starts[k + 1, rows] = h[-1]
         elif not scan.packed:
             final[rows] = h[-1]
-        for i, t in scan.ending(time):
-            final[i] = h[t, 0]
+        for i, t, row in scan.ending(time, rows):
+            final[i] = h[t, row]
     out = scan.batch_first(y)
     if D is not None:
         out.addcmul_(u.to(scan.dtype), D.to(scan.dtype))
     if z is not None:
         out.mul_(F.silu(z.to(scan.dtype)))
-    return out.to(u.dtype).contiguous(), scan.channels_first(scan.in_order(final)), starts
+    return out.to(u.dtype).contiguous(), scan.channels_first(scan.in_order(final)), kept
 
 
 def scan_bwd(
     dy: Tensor | None,
     d_final: Tensor | None,
-    starts: Tensor,
+    kept: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -94,14 +96,15 @@ def scan_bwd(
     dy_scan = scan.time_first(2 * ungated if A.is_complex() else ungated)
     y, du, d_delta = (torch.empty_like(scan.u) for _ in range(3))
     dA, dB, dC = torch.zeros_like(scan.A), scan.matrix_sum(B), scan.matrix_sum(C)
+    starts = scan.starts(kept)
     # a sequence's entry holds the gradient of its last state until the walk back reaches its start
     d_initial = torch.zeros_like(scan.initial)
     if d_final is not None:
         d_initial += scan.states_first(scan.in_order(d_final))
     after = torch.zeros_like(starts[0]) if scan.packed else d_initial
-    buffers = scan.buffers(4)
+    buffers = scan.buffers(3)
     for k, time, rows in scan.tiles(backward=True):
-        decay, h, G, product = scan.cut(buffers, time, rows)
+        decay, h, G = scan.cut(buffers, time, rows)
         scan.run(time, rows, starts[k, rows], decay, h)
         delta_tile, u_tile, dy_tile = scan.delta[time, rows], scan.u[time, rows], dy_scan[time, rows]
         B_tile, C_tile = scan.B[time, rows], scan.C[time, rows]
@@ -110,8 +113,8 @@ def scan_bwd(
         scan.add(dC, time, rows, h.conj(), dy_tile)
 
         torch.mul(C_tile.conj(), dy_tile, out=G)
-        for i, t in scan.ending(time):
-            G[t, 0] += d_initial[i]
+        for i, t, row in scan.ending(time, rows):
+            G[t, row] += d_initial[i]
         G[-1] += after[rows]
         factors = decay.conj()
         for now, later, factor in _backwards(G, factors):
@@ -119,28 +122,28 @@ def scan_bwd(
 
         if scan.zoh:
             gain, gain_delta, gain_A = _exact_gain_gradients(delta_tile, scan.A)
-            torch.mul(G, gain.conj(), out=product)
-            scan.add(dB, time, rows, product, u_tile)
-            du[time, rows] = _real(_sum_states(B_tile.conj(), product))
-            torch.mul(G, B_tile.conj() * u_tile, out=product)
-            d_delta[time, rows] = _real(product * gain_delta.conj()).sum(3, keepdim=True)
-            dA += (product * gain_A.conj()).sum((0, 1))
+            d_input = G * gain.conj()
+            scan.add(dB, time, rows, d_input, u_tile)
+            du[time, rows] = _real(_sum_states(B_tile.conj(), d_input))
+            d_gain = G * B_tile.conj() * u_tile
+            d_delta[time, rows] = _real(d_gain * gain_delta.conj()).sum(3, keepdim=True)
+            dA += (d_gain * gain_A.conj()).sum((0, 1))
         else:
             scan.add(dB, time, rows, G, delta_tile * u_tile)
             d_input = _real(_sum_states(B_tile.conj(), G))
             du[time, rows] = d_input * delta_tile
             d_delta[time, rows] = d_input * u_tile
 
-        # the gradient of delta A: decay_t G_t h_{t-1}
-        torch.mul(factors, G, out=product)
-        after[rows] = product[0]
-        product[0] *= starts[k, rows].conj()
-        product[1:] *= h[:-1].conj()
-        for i, t in scan.starting(time):
-            d_initial[i] = torch.exp(delta_tile[t, 0] * scan.A).conj() * G[t, 0]
-            product[t, 0] = d_initial[i] * scan.initial[i].conj()
-        dA += torch.mul(product, delta_tile, out=G).sum((0, 1))
-        d_delta[time, rows] += _real(torch.mul(product, scan.A.conj(), out=G)).sum(3, keepdim=True)
+        # the gradient of delta A, conj(decay_t h_{t-1}) G_t, takes the place of the decays
+        flow = torch.mul(factors, G, out=decay)
+        after[rows] = flow[0]
+        flow[0] *= starts[k, rows].conj()
+        flow[1:] *= h[:-1].conj()
+        for i, t, row in scan.starting(time, rows):
+            d_initial[i] = torch.exp(delta_tile[t, row] * scan.A).conj() * G[t, row]
+            flow[t, row] = d_initial[i] * scan.initial[i].conj()
+        dA += torch.mul(flow, delta_tile, out=G).sum((0, 1))
+        d_delta[time, rows] += _real(torch.mul(flow, scan.A.conj(), out=G)).sum(3, keepdim=True)
 
     du, d_raw, out = scan.batch_first(du), scan.batch_first(d_delta), scan.batch_first(y)
     dD = dz = None
@@ -166,26 +169,34 @@ def scan_bwd(
     )
 
 
-def starts_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
-    """The shape of the states that scan_fwd keeps for scan_bwd, (k, b, g, n, e)."""
-    groups = _groups(B, C)
-    return (_tiling(u, A)[2], u.shape[0], groups, A.shape[1], A.shape[0] // groups)
-
-
-def _groups(B: Tensor, C: Tensor) -> int:
-    return max(matrix.shape[2] if matrix.ndim == 4 else 1 for matrix in (B, C))
-
-
-def _tiling(u: Tensor, A: Tensor) -> tuple[int, int, int]:
-    """Rows and time steps of a tile, and how many tiles cover the time."""
+def starts_shape(u: Tensor, A: Tensor, packed: bool) -> tuple[int, int, int]:
+    """The shape (k, d, n) of what scan_fwd keeps for scan_bwd, which no value of cu_seqlens changes."""
     b, l, _ = u.shape
+    if packed:
+        # folded rows are _SHORTEST long or longer, so that no more than every other tile is a shorter one
+        return (-(-l // _SHORTEST) * 2, *A.shape)
+    return (_tiling(b, l, u, A)[2] * b, *A.shape)
+
+
+def _tiling(b: int, l: int, u: Tensor, A: Tensor) -> tuple[int, int, int]:
+    """Rows and time steps of a tile, and how many tiles cover the time."""
     device, size = u.device.type, A.shape[0] * A.shape[1]
     rows = max(1, min(b, _STEP[device] // size))
     time = max(_SHORTEST, min(_LONGEST, _TILE[device] // (rows * size)))
     return rows, time, -(-l // time)
 
 
+def _fold(bounds: list[int], l: int) -> int:
+    """The most rows of equal length, _SHORTEST or longer, that packed sequences can be folded into: none spans two."""
+    known = set(bounds)
+    for length in bounds:
+        if length >= _SHORTEST and l % length == 0 and known.issuperset(range(length, l, length)):
+            return l // length
+    return 1
+
+
 def _checked(cu_seqlens: Tensor, l: int) -> list[int]:
+    """The boundaries as numbers; a ValueError where they are none."""
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != l or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
         raise ValueError(f"cu_seqlens must rise from 0 to l = {l}, not {bounds if len(bounds) < 20 else bounds[:20]}")
@@ -209,41 +220,52 @@ class _Scan:
         reverse: bool,
         discretization: str,
     ) -> None:
-        (self.b, self.l, self.d), self.n = u.shape, A.shape[1]
-        self.g = _groups(B, C)
+        b, l, d = self.shape = u.shape
+        self.n = A.shape[1]
+        self.g = max(matrix.shape[2] if matrix.ndim == 4 else 1 for matrix in (B, C))
         self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.state_dtype = torch.promote_types(A.dtype, self.dtype)
         self.reverse, self.packed, self.zoh = reverse, cu_seqlens is not None, discretization == "zoh"
+
+        bounds = [0, l] if cu_seqlens is None else _checked(cu_seqlens, l)
+        if reverse:
+            bounds = [l - t for t in reversed(bounds)]
+        # rows of l steps: the batch, or what one packed row is folded into
+        self.b = _fold(bounds, l) if self.packed else b
+        self.l = b * l // self.b
+        self.sequences = list(zip(bounds, bounds[1:], strict=False)) if self.packed else []
+        self.rows, self.time, self.count = _tiling(self.b, self.l, u, A)
 
         self.raw_delta = delta.to(self.dtype) if delta_bias is None else delta.to(self.dtype) + delta_bias
         step = F.softplus(self.raw_delta) if delta_softplus else self.raw_delta
         self.u, self.delta = self.time_first(u), self.time_first(step.expand_as(u))
         self.A, self.B, self.C = self.states_first(A), self.matrix(B), self.matrix(C)
-        bounds = [0, self.l] if cu_seqlens is None else _checked(cu_seqlens, self.l)
-        if reverse:
-            bounds = [self.l - t for t in reversed(bounds)]
-        self.sequences = [(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-        states = len(self.sequences) if self.packed else self.b
         if initial_state is None:
-            self.initial = self.A.new_zeros(states, *self.A.shape)
+            self.initial = self.A.new_zeros(len(self.sequences) if self.packed else b, *self.A.shape)
         else:
             self.initial = self.states_first(self.in_order(initial_state))
-
-        self.rows, self.time, self.count = _tiling(u, A)
 
     def in_order(self, state: Tensor) -> Tensor:
         """Put the states of packed sequences in the order in which the scan meets them, or back."""
         return state.flip(0) if self.reverse and self.packed else state
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """(b, l, ...) as given -> (l, b, ...) as scanned: forward, folded, time first"""
+        x = x.flip(1) if self.reverse else x
+        return x.reshape(self.b, self.l, *x.shape[2:]).transpose(0, 1)
+
+    def given(self, x: Tensor) -> Tensor:
+        """The inverse of `rows_of`."""
+        x = x.transpose(0, 1).reshape(*self.shape[:2], *x.shape[2:])
+        return x.flip(1) if self.reverse else x
+
     def time_first(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (l, b, g, 1, e)"""
-        x = x.to(self.dtype).transpose(0, 1)
-        return (x.flip(0) if self.reverse else x).unflatten(2, (self.g, 1, -1))
+        return self.rows_of(x.to(self.dtype)).unflatten(2, (self.g, 1, -1))
 
     def batch_first(self, x: Tensor) -> Tensor:
         """(l, b, g, 1, e) -> (b, l, d)"""
-        x = x.flatten(2).transpose(0, 1)
-        return x.flip(1) if self.reverse else x
+        return self.given(x.flatten(2))
 
     def states_first(self, x: Tensor) -> Tensor:
         """(..., d, n) -> (..., g, n, e)"""
@@ -257,8 +279,8 @@ class _Scan:
         """Constant (d, n) -> (l, b, g, n, e);  selective (b, l, n) or (b, l, g, n) -> (l, b, g, n, 1)"""
         if x.ndim == 2:
             return self.states_first(x).expand(self.l, self.b, -1, -1, -1)
-        x = (x if x.ndim == 4 else x.unsqueeze(2)).to(self.state_dtype).transpose(0, 1)
-        return (x.flip(0) if self.reverse else x).expand(-1, -1, self.g, -1).unsqueeze(4)
+        x = self.rows_of((x if x.ndim == 4 else x.unsqueeze(2)).to(self.state_dtype))
+        return x.expand(-1, -1, self.g, -1).unsqueeze(4)
 
     def matrix_sum(self, x: Tensor) -> Tensor:
         """Zeros to add the gradient of B or C in: constant (g, n, e), selective (l, b, g, n, 1)"""
@@ -275,8 +297,7 @@ class _Scan:
         """The inverse of `matrix`, for a gradient."""
         if like.ndim == 2:
             return self.channels_first(total)
-        total = total.squeeze(4).transpose(0, 1)
-        total = total.flip(1) if self.reverse else total
+        total = self.given(total.squeeze(4))
         if like.ndim == 3:
             return total.sum(2)
         return total if like.shape[2] == self.g else total.sum(2, keepdim=True)
@@ -297,17 +318,23 @@ class _Scan:
         size = shape[0] * shape[1] * self.A.numel()
         return [buffer[:size].view(shape) for buffer in buffers]
 
-    def starting(self, time: slice) -> Iterator[tuple[int, int]]:
-        """The packed sequences that start in a stretch of time, by number, and where."""
-        for i, (start, end) in enumerate(self.sequences if self.packed else ()):
-            if start < end and time.start <= start < time.stop:
-                yield i, start - time.start
+    def starts(self, kept: Tensor) -> Tensor:
+        """What scan_fwd keeps, (k, d, n), as the states where tiles start (tile, b, g, n, e)."""
+        return kept[: self.count * self.b].view(self.count, self.b, *self.A.shape)
 
-    def ending(self, time: slice) -> Iterator[tuple[int, int]]:
-        """The packed sequences that end in a stretch of time, by number, and where their last step is."""
-        for i, (start, end) in enumerate(self.sequences if self.packed else ()):
-            if start < end and time.start < end <= time.stop:
-                yield i, end - 1 - time.start
+    def starting(self, time: slice, rows: slice) -> Iterator[tuple[int, int, int]]:
+        """The packed sequences that start in a tile: their number, and at what time and row of the tile."""
+        for i, (start, end) in enumerate(self.sequences):
+            row, t = divmod(start, self.l)
+            if start < end and time.start <= t < time.stop and rows.start <= row < rows.stop:
+                yield i, t - time.start, row - rows.start
+
+    def ending(self, time: slice, rows: slice) -> Iterator[tuple[int, int, int]]:
+        """The packed sequences whose last step is in a tile: their number, and its time and row in the tile."""
+        for i, (start, end) in enumerate(self.sequences):
+            row, t = divmod(end - 1, self.l)
+            if start < end and time.start <= t < time.stop and rows.start <= row < rows.stop:
+                yield i, t - time.start, row - rows.start
 
     def run(self, time: slice, rows: slice, before: Tensor, decay: Tensor, h: Tensor) -> None:
         """Fill a tile with the decays and the states that follow `before`; where a sequence starts, the decay is 0."""
@@ -318,9 +345,9 @@ class _Scan:
         else:
             torch.mul(delta * u, B, out=h)
         decay.exp_()
-        for i, t in self.starting(time):
-            h[t, 0].addcmul_(decay[t, 0], self.initial[i])
-            decay[t] = 0
+        for i, t, row in self.starting(time, rows):
+            h[t, row].addcmul_(decay[t, row], self.initial[i])
+            decay[t, row] = 0
         h[0].addcmul_(decay[0], before)
         for now, earlier, factor in zip(h[1:].unbind(), h.unbind(), decay[1:].unbind(), strict=False):
             now.addcmul_(factor, earlier)

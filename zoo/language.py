@@ -41,7 +41,8 @@ class LanguageModel(Task):
                 "vocab_size": vocab_size,
                 "tie_embeddings": tie_embeddings,
                 "optimizer": self.optimizer_config.to_dict(),
-            }
+            },
+            logger=False,
         )
         self.embedding = TokenEmbedding(vocab_size, config.d_model)
         self.backbone = Backbone(config)
@@ -82,6 +83,16 @@ class LanguageModel(Task):
             size = batch["bytes"].sum()
             self.bits_per_byte.update(total / size / math.log(2), size)
             self.log(f"{stage}/bits_per_byte", self.bits_per_byte, on_epoch=True, prog_bar=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float]]:
+        """For each sequence of a batch, its targets and their negative log-likelihood in nats."""
+        losses, counted = self.token_losses(batch), batch["targets"] != IGNORE
+        if "cu_seqlens" in batch:
+            sizes = batch["cu_seqlens"].diff().tolist()
+            rows = zip(losses[0].split(sizes), counted[0].split(sizes), strict=True)
+        else:
+            rows = zip(losses, counted, strict=True)
+        return [{"tokens": int(used.sum()), "nll": float(row.sum())} for row, used in rows]
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/perplexity", torch.exp(self.nll.compute()))
