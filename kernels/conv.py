@@ -69,7 +69,9 @@ def causal_conv1d_update(
         )
         state.copy_(new_state)
         return y.squeeze(1)
-    return _conv_update(x, state, weight, bias, activation == "silu")
+    # an operator is what compilers and exporters need to see; a call of the function itself costs less
+    update = _conv_update_op if torch.compiler.is_compiling() else _conv_update
+    return update(x, state, weight, bias, activation == "silu")
 
 
 def _last_inputs(x: Tensor, count: int, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -180,7 +182,7 @@ def _first_steps(x: Tensor, count: int, cu_seqlens: Tensor | None) -> tuple[Tens
     return where.clamp(max=b * l - 1), (where < bounds[1:, None]).unsqueeze(-1)
 
 
-@torch.library.custom_op("mambazoo::causal_conv1d_update", mutates_args=("state",))
+@torch.no_grad()
 def _conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x.to(state.dtype).unsqueeze(1)], dim=1)
@@ -189,6 +191,11 @@ def _conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, 
     if bias is not None:
         y = y + bias.to(dtype)
     return (F.silu(y) if silu else y).to(x.dtype)
+
+
+_conv_update_op = torch.library.custom_op(
+    "mambazoo::causal_conv1d_update", _conv_update, mutates_args=("state",)
+)
 
 
 @_conv.register_fake
@@ -204,7 +211,7 @@ def _conv_backward_fake(dy, x, weight, bias, initial_state, cu_seqlens, silu):  
     )
 
 
-@_conv_update.register_fake
+@_conv_update_op.register_fake
 def _conv_update_fake(x, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -35,18 +35,23 @@ def rms_norm(
             raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, not {tuple(other.shape)}")
     if backends.choose(x.device, backend) == "reference":
         return reference.rms_norm(x, weight, residual=residual, gate=gate, eps=eps)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _norm_op(x, weight, residual, gate, eps)
+    # without a gradient to register, a call of the function itself costs less
     return _norm(x, weight, residual, gate, eps)
 
 
-@torch.library.custom_op("mambazoo::rms_norm", mutates_args=())
 def _norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     stream = x.to(dtype, copy=True) if residual is None else x.to(dtype) + residual
     gated = stream if gate is None else stream * F.silu(gate.to(dtype))
-    y = gated * _inverse_rms(gated, eps) * weight
+    y = F.rms_norm(gated, weight.shape, weight.to(dtype), eps)
     return y.to(x.dtype).contiguous(), stream.contiguous()
+
+
+_norm_op = torch.library.custom_op("mambazoo::rms_norm", _norm, mutates_args=())
 
 
 @torch.library.custom_op("mambazoo::rms_norm_backward", mutates_args=())
@@ -73,7 +78,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-@_norm.register_fake
+@_norm_op.register_fake
 def _norm_fake(x, weight, residual, gate, eps):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape, dtype=dtype)
@@ -106,4 +111,4 @@ def _backward(ctx, dy, d_stream):  # type: ignore[no-untyped-def]
     )
 
 
-_norm.register_autograd(_backward, setup_context=_save_for_backward)
+_norm_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -43,10 +43,12 @@ def selective_state_update(
         )
         state.copy_(new_state)
         return y
-    return _update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization)
+    # an operator is what compilers and exporters need to see; a call of the function itself costs less
+    update = _update_op if torch.compiler.is_compiling() else _update
+    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization)
 
 
-@torch.library.custom_op("mambazoo::selective_state_update", mutates_args=("state",))
+@torch.no_grad()
 def _update(
     state: Tensor,
     u: Tensor,
@@ -66,19 +68,28 @@ def _update(
         step = step + delta_bias
     if delta_softplus:
         step = F.softplus(step)
-    decay, gain = reference.hold(step.unsqueeze(-1), A, discretization)
-    each = u.shape[1] // B.shape[1]
-    state.mul_(decay).add_(gain * x.unsqueeze(-1) * B.repeat_interleave(each, dim=1))
-    y = (state * C.repeat_interleave(u.shape[1] // C.shape[1], dim=1)).sum(-1)
+    # channels by groups, (b, g, e, n), so that B and C broadcast over a group's
+    groups = state.unflatten(1, (B.shape[1], -1))
+    if discretization == "euler":
+        state.mul_(torch.exp(step.unsqueeze(-1) * A))
+        groups.addcmul_((step * x).unflatten(1, (B.shape[1], -1)).unsqueeze(-1), B.to(state.dtype).unsqueeze(2))
+    else:
+        decay, gain = reference.hold(step.unsqueeze(-1), A, discretization)
+        state.mul_(decay)
+        groups.addcmul_((gain * x.unsqueeze(-1)).unflatten(1, (B.shape[1], -1)), B.to(state.dtype).unsqueeze(2))
+    y = (state.unflatten(1, (C.shape[1], -1)) @ C.to(state.dtype).unsqueeze(-1)).flatten(1)
     y = 2 * y.real if y.is_complex() else y
     if D is not None:
-        y = y + D * x
+        y = torch.addcmul(y, D.to(dtype), x)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype)
 
 
-@_update.register_fake
+_update_op = torch.library.custom_op("mambazoo::selective_state_update", _update, mutates_args=("state",))
+
+
+@_update_op.register_fake
 def _update_fake(state, u, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 

@@ -5,6 +5,7 @@ call the trainer themselves, so that a checkpoint never overrides the command li
 """
 
 import contextlib
+import ctypes
 import importlib
 import inspect
 import logging
@@ -108,6 +109,18 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise _Problem(message) from ex
+
+
+def reuse_memory() -> None:
+    """Have the C library keep large blocks that are freed, for a process that computes on the CPU.
+
+    glibc gives them back to the system, which hands out zeroed pages anew on every step: at 65,536 tokens that took a
+    third of the time. Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no block of its own for a large one
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, 
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import compose, find
-from .launch import Launch, quiet
+from .launch import Launch, quiet, reuse_memory
 from .runs import latest_run, make_run, plot_losses, record, summarise
 
 # the callbacks that a run without training needs
@@ -109,6 +109,8 @@ def _prepare(launch: Launch) -> None:
 
 def _train(launch: Launch, run: Path, name: str, checkpoint: Path | None = None) -> int:
     trainer = launch.trainer
+    if trainer.strategy.root_device.type == "cpu":
+        reuse_memory()
     stopping = _callback(launch, GracefulStop)
     checkpoints = _callback(launch, Checkpoints)
     with quiet():
