@@ -22,19 +22,21 @@ _FACE = {
     "TextDataModule": "datamodules.text",
     "from_pretrained": "checkpoints.io",
 }
-__all__ = [*_FACE, "__version__"]  # noqa: PLE0604
+__all__ = [*_FACE, "__version__"]
 
 if TYPE_CHECKING:
-    from .checkpoints.io import from_pretrained
-    from .datamodules.text import TextDataModule
-    from .kernels.conv import causal_conv1d, causal_conv1d_update
-    from .kernels.norm import rms_norm
-    from .kernels.scan import selective_scan
-    from .kernels.step import selective_state_update
-    from .zoo.backbone import Backbone
-    from .zoo.config import BackboneConfig
-    from .zoo.language import LanguageModel
-    from .zoo.mamba import Mamba
+    # for tools that read and do not run
+    from .checkpoints.io import from_pretrained as from_pretrained
+    from .datamodules.text import TextDataModule as TextDataModule
+    from .kernels.conv import causal_conv1d as causal_conv1d
+    from .kernels.conv import causal_conv1d_update as causal_conv1d_update
+    from .kernels.norm import rms_norm as rms_norm
+    from .kernels.scan import selective_scan as selective_scan
+    from .kernels.step import selective_state_update as selective_state_update
+    from .zoo.backbone import Backbone as Backbone
+    from .zoo.config import BackboneConfig as BackboneConfig
+    from .zoo.language import LanguageModel as LanguageModel
+    from .zoo.mamba import Mamba as Mamba
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Models as files: the folder that users keep and share, and one way to read it, a training checkpoint or a run.
+"""Models as files: the folder to keep and share, and one way to read it, a .ckpt file or a run.
 
-A model folder holds model.safetensors, config.json (the task, its arguments, its vocabulary) and, for a vocabulary of
-subwords, tokenizer.json. Nothing in a checkpoint is ever executed: weights are read as tensors, and the class named in
-it must be one of this package or the one that the caller gives.
+A model folder holds model.safetensors, config.json (the task, its arguments, its vocabulary) and, for a
+vocabulary of subwords, tokenizer.json. Nothing in a checkpoint is ever executed: weights are read as tensors,
+and the class named in it must be one of this package or the one that the caller gives.
 """
 
 import importlib
@@ -44,7 +44,7 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: when there is nothing.
-        ValueError: when what is there is damaged, is no model, does not fit its config, or would have to run code.
+        ValueError: when it is damaged, is no model, does not fit its config, or would have to run code.
     """
     model, _ = load(path, task=task)
     if dtype is not None:
@@ -118,14 +118,18 @@ def _load_folder(folder: Path, task: type[Task] | None) -> tuple[Task, dict[str,
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         name, arguments, vocabulary = config["task"], config["model"], config.get("vocabulary")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not the config of a model of this package ({error})") from None
+        raise ValueError(
+            f"{folder / CONFIG} is not the config of a model of this package ({error})"
+        ) from None
     model = _build(name, arguments, task, folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has a config but no {WEIGHTS}")
     try:
         load_model(model, str(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit {CONFIG}: {_first_lines(error)}") from None
+        raise ValueError(
+            f"{folder / WEIGHTS} is damaged or does not fit {CONFIG}: {_first_lines(error)}"
+        ) from None
     if vocabulary and (folder / TOKENIZER).is_file():
         vocabulary = {**vocabulary, "json": (folder / TOKENIZER).read_text(encoding="utf-8")}
     return model, vocabulary
@@ -142,7 +146,9 @@ def _build(name: str, arguments: dict[str, Any], task: type[Task] | None, place:
             except ImportError:
                 found = None
         if not (isinstance(found, type) and issubclass(found, Task)):
-            raise ValueError(f"{place} is of the task {name!r}, which is none of this package; give its class as `task`")
+            raise ValueError(
+                f"{place} is of the task {name!r}, which is none of this package; give its class as `task`"
+            )
         task = found
     try:
         return task(**arguments)

@@ -32,11 +32,11 @@ class Samples(Protocol):
 
 
 class DataModule(L.LightningDataModule):
-    """Serve training samples in the endless seeded order of datamodules/order.py, held-out ones from first to last.
+    """Serve training samples in the endless order of datamodules/order.py, held-out ones from first to last.
 
     A subclass prepares its data in `prepare_data` and `setup`, which sets `samples`: "train", "val" and, where there is
-    one, "test". PROVIDES names the attributes that a model must know and that it has from the start (`vocab_size`);
-    `vocabulary` is what a checkpoint must keep to read and write tokens.
+    one, "test". PROVIDES names the attributes that a model must know and that it has from the start
+    (`vocab_size`); `vocabulary` is what a checkpoint must keep to read and write tokens.
 
     Args:
         batch_size: samples per device and step.

@@ -1,8 +1,8 @@
-"""A corpus as token ids on disk: built once, memory-mapped ever after, shared by every process that asks for it.
+"""A corpus as token ids on disk: built once, memory-mapped ever after, shared by all who ask for it.
 
-A corpus lives in a folder named by a digest of its text and its tokenizer. It is written under another name, flushed
-to the disk and renamed, so that whoever finds the folder finds it whole; processes that build it at once do the same
-work twice and keep one. Reading takes memory for no more than what is read.
+A corpus lives in a folder named by a digest of its text and its tokenizer. It is written under another name,
+flushed to the disk and renamed, so that whoever finds the folder finds it whole; processes that build it at
+once do the same work twice and keep one. Reading takes memory for no more than what is read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .documents import Source
-from .vocab import Bytes, Subwords, Vocabulary, read_tokenizer, train_bpe, vocabulary_from_dict
+from .vocab import Bytes, Vocabulary, read_tokenizer, train_bpe, vocabulary_from_dict
 
 SPLITS = ("train", "val")
 # of fewer documents, each gives its end to the held-out split
@@ -103,7 +103,9 @@ class CorpusRecipe:
         except OSError as error:
             # another process was first, and what it built is the same
             if not target.exists():
-                raise OSError(error.errno, f"the corpus cannot be written to {root}: {error.strerror}") from error
+                raise OSError(
+                    error.errno, f"the corpus cannot be written to {root}: {error.strerror}"
+                ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
@@ -126,12 +128,14 @@ class CorpusRecipe:
         return cache_root() / "text" / digest[:32]
 
     def _content_digest(self) -> str:
-        """A digest of names, contents and tokenizer; contents are read again only when a file's size or time changed."""
+        """A digest of names, contents and tokenizer; contents are read again when a file's size or time changed."""
         spec = [_FORMAT, self.tokenizer, self.valid_fraction, len(self.sources)]
         if self._tokenizer_path() is not None:
             spec.append(hashlib.sha256(Path(self.tokenizer).read_bytes()).hexdigest())
         sources = self.sources + self.valid_sources
-        stamp = hashlib.sha256(json.dumps([spec, [source.stamp() for source in sources]]).encode()).hexdigest()
+        stamp = hashlib.sha256(
+            json.dumps([spec, [source.stamp() for source in sources]]).encode()
+        ).hexdigest()
         note = cache_root() / "digests" / stamp[:32]
         try:
             return note.read_text()
@@ -145,7 +149,9 @@ class CorpusRecipe:
         return total.hexdigest()
 
     def _tokenizer_path(self) -> Path | None:
-        return None if self.tokenizer == "bytes" or self.tokenizer.startswith("bpe-") else Path(self.tokenizer)
+        return (
+            None if self.tokenizer == "bytes" or self.tokenizer.startswith("bpe-") else Path(self.tokenizer)
+        )
 
     def _write(self, folder: Path, digest: str) -> None:
         vocabulary = self._vocabulary()

@@ -51,7 +51,7 @@ class Source:
 
 
 def find_sources(paths: list[str]) -> list[Source]:
-    """The sources that files, folders, globs, "stdlib" and "hf:NAME" name, in an order that every machine agrees on.
+    """The sources that paths, "stdlib" and "hf:NAME" stand for, in an order that every machine agrees on.
 
     Raises:
         FileNotFoundError: when a path, folder or glob holds no text file.
@@ -75,7 +75,9 @@ def _from_path(given: str) -> list[Source]:
     if path.is_dir():
         files = _text_files(path, SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"data.paths: {given} holds no {' '.join(SUFFIXES)} file, plain, .gz or .xz")
+            raise FileNotFoundError(
+                f"data.paths: {given} holds no {' '.join(SUFFIXES)} file, plain, .gz or .xz"
+            )
         return [Source(file.as_posix(), path / file) for file in files]
     if path.is_file():
         if not _is_text(path, SUFFIXES):
@@ -84,14 +86,18 @@ def _from_path(given: str) -> list[Source]:
             )
         return [Source(path.name, path)]
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    found = [Source(match.as_posix(), match) for match in matches if match.is_file() and _is_text(match, SUFFIXES)]
+    found = [
+        Source(match.as_posix(), match) for match in matches if match.is_file() and _is_text(match, SUFFIXES)
+    ]
     if not found:
         raise FileNotFoundError(f"data.paths: there is no file, folder or match for {given}")
     return found
 
 
 def _text_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    files = (path.relative_to(root) for path in root.rglob("*") if _is_text(path, suffixes) and path.is_file())
+    files = (
+        path.relative_to(root) for path in root.rglob("*") if _is_text(path, suffixes) and path.is_file()
+    )
     return sorted(files, key=lambda file: file.as_posix())
 
 

@@ -1,7 +1,7 @@
 """The order of the training data: endless, seeded, and reachable at any position without walking there.
 
-Sample number g, counted over all ranks since the first step, is sample `permute(g mod n)` of pass g // n. So the whole
-state of the data is one integer, the samples consumed; workers, ranks and resumed runs all read from the same order.
+Sample number g, counted over all ranks since the first step, is sample `permute(g mod n)` of pass g // n. So the
+whole state of the data is one integer, the samples consumed; workers, ranks and resumed runs share one order.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ def mix(*values: int) -> int:
 
 
 def permute(index: int, n: int, *key: int) -> int:
-    """Where a pseudo-random permutation of range(n), chosen by `key`, takes `index`: constant time and memory.
+    """Where the pseudo-random permutation of range(n) that `key` chooses takes `index`, in constant time.
 
-    A four-round Feistel network on the next even number of bits, walked on until it falls below n (Black and Rogaway,
-    Ciphers with arbitrary finite domains, 2002).
+    A four-round Feistel network on the next even number of bits, walked on until it falls below n (Black and
+    Rogaway, Ciphers with arbitrary finite domains, 2002).
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

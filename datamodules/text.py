@@ -22,13 +22,14 @@ class TextDataModule(DataModule):
 
     Args:
         paths: files (.txt .py .md .jsonl, plain, .gz or .xz; a line of .jsonl is an object with a "text"), folders,
-            globs, "stdlib" (the Python standard library's source), or "hf:NAME:CONFIG:SPLIT" with `datasets` installed.
-        valid_paths: what to hold out; without it, `valid_fraction` of the documents, drawn by their content, or the end
-            of each where there are fewer than 20.
-        tokenizer: "bytes"; "bpe-8192" trains a byte-level BPE of that size on the training split; or the path of a
-            tokenizer.json.
+            globs, "stdlib" (the Python standard library's source), or, with the package datasets,
+            "hf:NAME:CONFIG:SPLIT".
+        valid_paths: what to hold out. Without it, `valid_fraction` of the documents is, drawn by their content, or
+            the end of each where there are fewer than 20.
+        tokenizer: "bytes"; "bpe-8192", to train a byte-level BPE of that size on the training split; or the path
+            of a tokenizer.json.
         length: tokens a sample.
-        packing: lay samples end to end and keep documents apart; without it, a row is a stretch of the corpus whose
+        packing: lay samples end to end and keep documents apart. Without it a row is a stretch of the corpus, and
             documents see each other across the separator.
         batch_size, num_workers, seed: see DataModule.
     """
@@ -114,7 +115,9 @@ def _vocab_size(tokenizer: str) -> int:
     if tokenizer.startswith("bpe"):
         match = re.fullmatch(r"bpe-(\d+)", tokenizer)
         if match is None or int(match[1]) < Bytes.size:
-            raise ValueError(f"data.tokenizer: write bpe-8192 for a BPE of 8,192 tokens (257 or more), not {tokenizer!r}")
+            raise ValueError(
+                f"data.tokenizer: write bpe-8192 for a BPE of 8,192 tokens (257 or more), not {tokenizer!r}"
+            )
         return int(match[1])
     from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Vocabularies: what turns text into token ids and back, and how many bytes of text a token stands for.
 
 A vocabulary is rebuilt from plain values (`to_dict`), which checkpoints keep. Every document starts with the
-separator, `eos`, which also ends the one before it: the model is told where text begins and learns where it ends.
+separator, `eos`, which also ends the one before it: a model is told where text begins, and learns where it ends.
 """
 
 import codecs
@@ -85,7 +85,7 @@ class _ByteStream:
 
 
 class Subwords:
-    """The tokens of a tokenizer.json of the `tokenizers` library; `<|eos|>`, or a token of that role, separates.
+    """The tokens of a tokenizer.json of the `tokenizers` library; `<|eos|>` or its like separates.
 
     Raises:
         ValueError: when the JSON is no tokenizer, or no token of it can separate documents.
@@ -108,7 +108,9 @@ class Subwords:
         self.size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         found = [self.tokenizer.token_to_id(token) for token in self.SEPARATORS]
         if not any(token is not None for token in found):
-            raise ValueError(f"{name}: has no token to put between documents; it needs one of {', '.join(self.SEPARATORS)}")
+            raise ValueError(
+                f"{name}: has no token to put between documents; it needs one of {', '.join(self.SEPARATORS)}"
+            )
         self.eos = next(token for token in found if token is not None)
         self.dtype = np.uint16 if self.size <= 1 << 16 else np.uint32
 
@@ -117,14 +119,18 @@ class Subwords:
         return np.asarray(encoded.ids, dtype=self.dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self.tokenizer.decode([token for token in tokens if token != self.eos], skip_special_tokens=False)
+        return self.tokenizer.decode(
+            [token for token in tokens if token != self.eos], skip_special_tokens=False
+        )
 
     def stream(self) -> Stream:
         return _SubwordStream(self)
 
     def byte_lengths(self) -> NDArray[np.int64]:
         pieces = [self.tokenizer.id_to_token(token) or "" for token in range(self.size)]
-        special = {token for token, added in self.tokenizer.get_added_tokens_decoder().items() if added.special}
+        special = {
+            token for token, added in self.tokenizer.get_added_tokens_decoder().items() if added.special
+        }
         level = json.loads(self.tokenizer.to_str()).get("decoder") or {}
         kinds = {level.get("type"), *(part.get("type") for part in level.get("decoders", ()))}
         lengths = [_piece_length(piece, "ByteLevel" in kinds) for piece in pieces]
@@ -168,7 +174,7 @@ class _SubwordStream:
 
 
 def train_bpe(texts: Iterator[str], size: int) -> Subwords:
-    """Train a byte-level BPE of `size` tokens (Sennrich et al., 1508.07909) on texts; the same texts give the same one."""
+    """Train a byte-level BPE of `size` tokens (Sennrich et al., 1508.07909); the same texts give the same one."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -203,4 +209,6 @@ def read_tokenizer(path: Path) -> Subwords:
     try:
         return Subwords(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise FileNotFoundError(f"data.tokenizer: there is no file {path}; write bytes, bpe-8192, or a path") from None
+        raise FileNotFoundError(
+            f"data.tokenizer: there is no file {path}; write bytes, bpe-8192, or a path"
+        ) from None

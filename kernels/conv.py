@@ -24,10 +24,10 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Convolve x (b, l, d) along l, each channel by itself; return y (b, l, d) and, when asked for, the last inputs.
+    """Convolve x (b, l, d) along l, channel by channel; return y (b, l, d) and, when asked for, the last inputs.
 
-    weight is (d, k), bias (d,), activation None or "silu". States are the k - 1 inputs before a step, (b, k - 1, d), in
-    x's dtype and differentiable. With cu_seqlens, int32 (s + 1,) beside b = 1, sequence i fills
+    weight is (d, k), bias (d,), activation None or "silu". States are the k - 1 inputs before a step, (b, k -
+    1, d), in x's dtype and differentiable. With cu_seqlens, int32 (s + 1,) beside b = 1, sequence i fills
     [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and states are (s, k - 1, d).
 
     Raises:
@@ -77,7 +77,9 @@ def causal_conv1d_update(
 def _last_inputs(x: Tensor, count: int, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The last `count` inputs of every sequence (s, count, d), reaching into its initial state where it is shorter."""
     if cu_seqlens is None:
-        past = x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+        past = (
+            x.new_zeros(x.shape[0], count, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+        )
         return torch.cat([past, x[:, max(0, x.shape[1] - count) :]], dim=1)[:, -count:] if count else past
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     where = ends[:, None] - count + torch.arange(count, device=x.device)
@@ -175,7 +177,7 @@ def _position_within(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def _first_steps(x: Tensor, count: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the first steps of every sequence are in x as (b l, d), (s, count), and which of them exist (s, count, 1)."""
+    """Where the first steps of each sequence are in x as (b l, d), (s, count), and which exist (s, count, 1)."""
     b, l, _ = x.shape
     bounds = torch.arange(b + 1, device=x.device) * l if cu_seqlens is None else cu_seqlens.long()
     where = bounds[:-1, None] + torch.arange(count, device=x.device)
@@ -224,7 +226,14 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
     dx, d_weight, d_bias, d_initial = _conv_backward(dy, x, weight, bias, initial_state, cu_seqlens, ctx.silu)
-    return dx, d_weight, None if bias is None else d_bias, None if initial_state is None else d_initial, None, None
+    return (
+        dx,
+        d_weight,
+        None if bias is None else d_bias,
+        None if initial_state is None else d_initial,
+        None,
+        None,
+    )
 
 
 _conv.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,6 +1,6 @@
 """Root mean square normalisation, fused with the addition to the residual stream before it and a gate.
 
-    s = x + residual,   y = (s silu(gate)) / rms(s silu(gate)) * weight        (Zhang and Sennrich, 1910.07467, eq. 4)
+s = x + residual,   y = (s silu(gate)) / rms(s silu(gate)) * weight        (Zhang and Sennrich, 1910.07467, eq. 4)
 """
 
 import torch

@@ -5,6 +5,8 @@ Whatever has a time axis is channel-last, (b, l, ...). Arithmetic is at least fl
 to float64 and complex. Nothing here is ever made faster.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,24 +50,26 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Scan u (b, l, d) one step after the other; return y (b, l, d) and the last state (b, d, n).
 
-    h_t = decay_t h_{t-1} + gain_t B_t u_t,  y_t = C_t . h_t + D u_t,  gated by silu(z_t)  (Mamba, algorithm 2).
+    h_t = decay_t h_{t-1} + gain_t B_t u_t,  y_t = C_t . h_t + D u_t,  gated by silu(z_t)  (Mamba, algorithm
+    2).
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
+        moving = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
         parts = []
-        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            moving = [x[:, start:end] if x is not None and x.ndim > 2 else x for x in (u, delta, A, B, C, D, z)]
-            first = None if initial_state is None else initial_state[i : i + 1]
-            parts.append(
-                selective_scan(
-                    *moving,  # type: ignore[arg-type]
-                    delta_bias,
-                    delta_softplus,
-                    initial_state=first,
-                    reverse=reverse,
-                    discretization=discretization,
-                )
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            own = {name: x[:, start:end] if x is not None and x.ndim > 2 else x for name, x in moving.items()}
+            part = selective_scan(
+                **own,  # type: ignore[arg-type]
+                A=A,
+                D=D,
+                delta_bias=delta_bias,
+                delta_softplus=delta_softplus,
+                initial_state=None if initial_state is None else initial_state[i : i + 1],
+                reverse=reverse,
+                discretization=discretization,
             )
+            parts.append(part)
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
 
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -112,7 +116,17 @@ def selective_state_update(
     delta = delta if delta.ndim == 1 else delta.unsqueeze(1)
     z = None if z is None else z.unsqueeze(1)
     y, state = selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=state, discretization=discretization
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        initial_state=state,
+        discretization=discretization,
     )
     return y.squeeze(1), state
 
@@ -137,14 +151,17 @@ def causal_conv1d(
                 activation=activation,
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
             )
-            for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for i, (start, end) in enumerate(pairwise(bounds))
         ]
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([state for _, state in parts])
     dtype = torch.promote_types(x.dtype, torch.float32)
     (b, l, d), k = x.shape, weight.shape[1]
     past = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state
     padded = torch.cat([past.to(x.dtype), x], dim=1)
-    y = sum((weight[:, i].to(dtype) * padded[:, i : i + l].to(dtype) for i in range(k)), start=x.new_zeros((), dtype=dtype))
+    y = sum(
+        (weight[:, i].to(dtype) * padded[:, i : i + l].to(dtype) for i in range(k)),
+        start=x.new_zeros((), dtype=dtype),
+    )
     if bias is not None:
         y = y + bias.to(dtype)
     if activation == "silu":
@@ -153,7 +170,12 @@ def causal_conv1d(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, gate: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """Add x (..., d) to the residual stream and normalise the sum; return it, in x's dtype, and the sum, unrounded."""
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -2,8 +2,8 @@
 
     h_t = exp(delta_t A) h_{t-1} + gain_t B_t u_t,   y_t = C_t . h_t + D u_t        (Mamba, equations 2 and 4)
 
-The public function checks its arguments and calls a `torch.library` operator, so that torch.compile, torch.export,
-activation checkpointing and autocast see one node with a known gradient.
+The public function checks its arguments and calls a `torch.library` operator, so that torch.compile,
+torch.export, activation checkpointing and autocast see one node with a known gradient.
 """
 
 import torch
@@ -34,36 +34,41 @@ def selective_scan(
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scan u (b, l, d) with steps delta; return y (b, l, d) and, when asked for, the last state (b, d, n), else None.
+    """Scan u (b, l, d) with steps delta; return y (b, l, d) and, when asked for, the last state (b, d, n),
+    else None.
 
     Args:
         u: the input (b, l, d), float32, bfloat16, float16 or float64.
         delta: the step size (b, l, d), or (d,) where it does not depend on the input.
-        A: the diagonal of the state matrix (d, n), real float32 or complex64 (float64, complex128 beside float64 u).
-        B, C: selective (b, l, n), selective by groups of channels (b, l, g, n), or constant (d, n). Complex beside a
-            complex A; then the state is complex too and y = 2 Re(C . h) + D u.
+        A: the diagonal of the state matrix (d, n), float32 or complex64; float64 or complex128 beside float64 u.
+        B, C: selective (b, l, n), selective by groups of channels (b, l, g, n), or constant (d, n); complex
+            beside a complex A, when the state is complex too and y = 2 Re(C . h) + D u.
         D: the skip (d,).
         z: the gate (b, l, d); y is multiplied by silu(z).
-        delta_bias: added to delta (d,). delta_softplus: then delta = softplus(delta).
-        initial_state: the state before the first step (b, d, n), differentiable as the last one is.
-        cu_seqlens: int32 (s + 1,), for b = 1: sequence i fills [cu_seqlens[i], cu_seqlens[i + 1]) and has its own state,
-            so that states are (s, d, n) and nothing flows from one sequence to the next.
-        reverse: scan from the last step to the first; the initial state enters at the last, the final one is at the first.
-        discretization: "euler" takes gain = delta, as every released Mamba does; "zoh", the exact hold, expm1(delta A)/A.
-        deterministic: bitwise the same result from run to run, gradients included; every back end there is does so.
+        delta_bias: added to delta (d,).
+        delta_softplus: delta becomes softplus(delta), after its bias.
+        initial_state: the state before the first step (b, d, n), differentiable, as the last one is.
+        cu_seqlens: int32 (s + 1,), beside b = 1: sequence i fills [cu_seqlens[i], cu_seqlens[i + 1]) and has a
+            state of its own, so that states are (s, d, n) and nothing flows from one sequence to the next.
+        reverse: scan from the last step to the first: the initial state enters at the last step of each
+            sequence, and the state returned is the one at its first.
+        discretization: how B u is held over a step: "euler", gain = delta, as every released Mamba does;
+            "zoh", the exact hold, gain = expm1(delta A) / A.
+        deterministic: bitwise the same from run to run, gradients included; every back end there is does so.
         backend: "torch" or "reference"; None leaves it to the device and to MAMBAZOO_BACKEND.
 
     Raises:
         ValueError: when shapes, dtypes, devices or cu_seqlens do not fit; the message names the argument.
 
-    Source: Gu and Dao, Mamba (arXiv 2312.00752), section 3 and algorithm 2; complex A as in Gu et al., S4D (2206.11893).
+    Source: Gu and Dao, Mamba (2312.00752), section 3 and algorithm 2; complex A as in S4D (Gu et al., 2206.11893).
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, discretization)
     name = backends.choose(u.device, backend)
     if name == "reference":
         y, final_state = reference.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse, discretization=discretization,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse,
+            discretization=discretization,
         )  # fmt: skip
     else:
         y, final_state, _ = _scan(
@@ -92,7 +97,19 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(u.device.type, enabled=False):
         y, final_state, starts = scan_torch.scan_fwd(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            initial_state,
+            cu_seqlens,
+            delta_softplus,
+            reverse,
+            discretization,
         )
     return y, final_state if return_final_state else final_state.new_empty(0), starts
 
@@ -120,11 +137,12 @@ def _scan_backward(
     with torch.autocast(u.device.type, enabled=False):
         gradients = scan_torch.scan_bwd(
             dy, d_final, starts,
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization,
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse,
+            discretization,
         )  # fmt: skip
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return [
-        u.new_empty(0) if x is None else gradient.to(x.dtype).contiguous()
+        u.new_empty(0) if x is None or gradient is None else gradient.to(x.dtype).contiguous()
         for x, gradient in zip(inputs, gradients, strict=True)
     ]
 
@@ -142,7 +160,10 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *
 @_scan_backward.register_fake
 def _scan_backward_fake(dy, d_final, starts, u, delta, A, B, C, D, z, delta_bias, initial_state, *rest):  # type: ignore[no-untyped-def]
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    return [
+        u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in inputs
+    ]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -203,9 +224,13 @@ def _check(
         if matrix.ndim == 4 and d % matrix.shape[2]:
             raise ValueError(f"{name} has {matrix.shape[2]} groups, which do not divide d = {d} channels")
         if matrix.is_complex() != A.is_complex():
-            raise ValueError(f"{name} must be {'complex' if A.is_complex() else 'real'}, as A is, not {matrix.dtype}")
+            raise ValueError(
+                f"{name} must be {'complex' if A.is_complex() else 'real'}, as A is, not {matrix.dtype}"
+            )
     if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2] and 1 not in (B.shape[2], C.shape[2]):
-        raise ValueError(f"B has {B.shape[2]} groups and C has {C.shape[2]}: give them the same number, or one of them 1")
+        raise ValueError(
+            f"B has {B.shape[2]} groups and C has {C.shape[2]}: give them the same number, or one of them 1"
+        )
     for name, vector in (("A", A), ("D", D), ("delta_bias", delta_bias)):
         _expect(name, vector, u.device, (d, n) if name == "A" else (d,))
     _expect("z", z, u.device, (b, l, d))
@@ -213,7 +238,9 @@ def _check(
     if initial_state is not None and initial_state.dtype != A.dtype:
         raise ValueError(f"initial_state must be {A.dtype}, as A is, not {initial_state.dtype}")
     if discretization not in DISCRETIZATIONS:
-        raise ValueError(f"discretization must be one of {', '.join(DISCRETIZATIONS)}, not {discretization!r}")
+        raise ValueError(
+            f"discretization must be one of {', '.join(DISCRETIZATIONS)}, not {discretization!r}"
+        )
 
 
 def _expect(name: str, x: Tensor | None, device: torch.device, *shapes: tuple[int | None, ...]) -> None:
@@ -223,7 +250,9 @@ def _expect(name: str, x: Tensor | None, device: torch.device, *shapes: tuple[in
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} and u on {device}: move them to one device")
     for shape in shapes:
-        if len(shape) == x.ndim and all(want in (None, size) for want, size in zip(shape, x.shape, strict=True)):
+        if len(shape) == x.ndim and all(
+            want in (None, size) for want, size in zip(shape, x.shape, strict=True)
+        ):
             return
     wanted = " or ".join(str(shape).replace("None", "g") for shape in shapes)
     raise ValueError(f"{name} must be {wanted}, not {tuple(x.shape)}")

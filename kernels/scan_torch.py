@@ -1,19 +1,20 @@
-"""The selective scan in PyTorch operations, fast on a CPU: only the recurrence itself walks over time in Python.
+"""The selective scan in PyTorch operations, fast on a CPU: only the recurrence walks over time in Python.
 
     h_t = decay_t h_{t-1} + gain_t B_t u_t,   y_t = C_t . h_t        (Mamba, equations 2 and 4)
 
 A tile is a stretch of time of a few sequences, laid out (t, rows, g, n, e) with d = g * e. Time comes first, so that
-one step of the recurrence is one fused multiply-add on contiguous memory; channels come last, so that delta, u and y
-broadcast over states. The state is kept only where a tile starts. The backward recomputes a tile from there and runs
-the adjoint down the same tile:
+one step of the recurrence is one fused multiply-add on contiguous memory; channels come last, so that delta,
+u and y broadcast over states. The state is kept only where a tile starts. The backward recomputes a tile from
+there and runs the adjoint down the same tile:
 
     G_t = C_t dy_t + decay_{t+1} G_{t+1}
 
-Memory is O(b l d) and a few tiles that fit the cache; (b, l, d, n) never exists. Packed sequences whose starts allow it
-are folded into rows of equal length, since many short walks side by side take less time than a long one.
+Memory is O(b l d) and a few tiles that fit the cache; (b, l, d, n) never exists. Packed sequences whose
+starts allow it are folded into rows of equal length: many short walks side by side are over sooner than a long one.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ def scan_fwd(
     discretization: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, the states where tiles start."""
-    scan = _Scan(u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization)
+    scan = _Scan(
+        u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
+    )
     y = torch.empty_like(scan.u)
     final = scan.initial.clone()
     kept = scan.A.new_empty(starts_shape(u, A, cu_seqlens is not None))
@@ -89,7 +92,9 @@ def scan_bwd(
 
     Gradients of complex tensors follow PyTorch's convention.
     """
-    scan = _Scan(u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization)
+    scan = _Scan(
+        u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
+    )
     dy = torch.zeros_like(u, dtype=scan.dtype) if dy is None else dy.to(scan.dtype)
     ungated = dy if z is None else dy * F.silu(z.to(scan.dtype))
     # with complex A, y is twice the real part
@@ -198,8 +203,10 @@ def _fold(bounds: list[int], l: int) -> int:
 def _checked(cu_seqlens: Tensor, l: int) -> list[int]:
     """The boundaries as numbers; a ValueError where they are none."""
     bounds: list[int] = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != l or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must rise from 0 to l = {l}, not {bounds if len(bounds) < 20 else bounds[:20]}")
+    if bounds[0] != 0 or bounds[-1] != l or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to l = {l}, not {bounds if len(bounds) < 20 else bounds[:20]}"
+        )
     return bounds
 
 
@@ -220,7 +227,7 @@ class _Scan:
         reverse: bool,
         discretization: str,
     ) -> None:
-        b, l, d = self.shape = u.shape
+        b, l, _ = self.shape = u.shape
         self.n = A.shape[1]
         self.g = max(matrix.shape[2] if matrix.ndim == 4 else 1 for matrix in (B, C))
         self.dtype = torch.promote_types(u.dtype, torch.float32)
@@ -233,7 +240,7 @@ class _Scan:
         # rows of l steps: the batch, or what one packed row is folded into
         self.b = _fold(bounds, l) if self.packed else b
         self.l = b * l // self.b
-        self.sequences = list(zip(bounds, bounds[1:], strict=False)) if self.packed else []
+        self.sequences = list(pairwise(bounds)) if self.packed else []
         self.rows, self.time, self.count = _tiling(self.b, self.l, u, A)
 
         self.raw_delta = delta.to(self.dtype) if delta_bias is None else delta.to(self.dtype) + delta_bias
@@ -284,7 +291,9 @@ class _Scan:
 
     def matrix_sum(self, x: Tensor) -> Tensor:
         """Zeros to add the gradient of B or C in: constant (g, n, e), selective (l, b, g, n, 1)"""
-        return torch.zeros_like(self.A) if x.ndim == 2 else self.A.new_zeros(self.l, self.b, self.g, self.n, 1)
+        return (
+            torch.zeros_like(self.A) if x.ndim == 2 else self.A.new_zeros(self.l, self.b, self.g, self.n, 1)
+        )
 
     def add(self, total: Tensor, time: slice, rows: slice, wide: Tensor, narrow: Tensor) -> None:
         """Add wide (t, rows, g, n, e) * narrow (t, rows, g, 1, e), summed over what the matrix is constant along."""

@@ -1,6 +1,6 @@
 """One token through the recurrence: the selective scan of length one that decoding repeats.
 
-    h <- exp(delta A) h + gain B u,   y = C . h + D u        (Mamba, equation 2)
+h <- exp(delta A) h + gain B u,   y = C . h + D u        (Mamba, equation 2)
 """
 
 import torch
@@ -28,8 +28,8 @@ def selective_state_update(
 ) -> Tensor:
     """Advance state (b, d, n) by one token u (b, d), in place, and return y (b, d). It has no gradient.
 
-    The arguments are those of `selective_scan` without the time axis: delta (b, d) or (d,), A (d, n), z (b, d);
-    B and C selective (b, n), by groups of channels (b, g, n), or constant (1, d, n).
+    The arguments are those of `selective_scan` without the time axis: delta (b, d) or (d,), A (d, n), z (b,
+    d); B and C selective (b, n), by groups of channels (b, g, n), or constant (1, d, n).
 
     Raises:
         ValueError: when shapes do not fit; the message names the argument.
@@ -72,11 +72,15 @@ def _update(
     groups = state.unflatten(1, (B.shape[1], -1))
     if discretization == "euler":
         state.mul_(torch.exp(step.unsqueeze(-1) * A))
-        groups.addcmul_((step * x).unflatten(1, (B.shape[1], -1)).unsqueeze(-1), B.to(state.dtype).unsqueeze(2))
+        groups.addcmul_(
+            (step * x).unflatten(1, (B.shape[1], -1)).unsqueeze(-1), B.to(state.dtype).unsqueeze(2)
+        )
     else:
         decay, gain = reference.hold(step.unsqueeze(-1), A, discretization)
         state.mul_(decay)
-        groups.addcmul_((gain * x.unsqueeze(-1)).unflatten(1, (B.shape[1], -1)), B.to(state.dtype).unsqueeze(2))
+        groups.addcmul_(
+            (gain * x.unsqueeze(-1)).unflatten(1, (B.shape[1], -1)), B.to(state.dtype).unsqueeze(2)
+        )
     y = (state.unflatten(1, (C.shape[1], -1)) @ C.to(state.dtype).unsqueeze(-1)).flatten(1)
     y = 2 * y.real if y.is_complex() else y
     if D is not None:
@@ -94,7 +98,9 @@ def _update_fake(state, u, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
-def _check(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> None:
+def _check(
+    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+) -> None:
     if state.ndim != 3 or state.dtype != A.dtype or A.shape != state.shape[1:]:
         raise ValueError(
             f"state must be (b, d, n) beside A (d, n), in its dtype, not {tuple(state.shape)} {state.dtype} "
@@ -106,4 +112,6 @@ def _check(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Ten
             raise ValueError(f"{name} must be (b, d) = ({b}, {d}), not {tuple(x.shape)}")
     for name, matrix in (("B", B), ("C", C)):
         if matrix.shape[0] not in (1, b) or d % matrix.shape[1] or matrix.shape[2] != n:
-            raise ValueError(f"{name} must be (b, n), (b, g, n) or (1, d, n), not {tuple(matrix.shape)}: b {b}, d {d}, n {n}")
+            raise ValueError(
+                f"{name} must be (b, n), (b, g, n) or (1, d, n), not {tuple(matrix.shape)}: b {b}, d {d}, n {n}"
+            )

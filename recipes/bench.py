@@ -1,13 +1,14 @@
-"""The verb `bench`: time training and generation beside what else is installed, after checking that the scan is right.
+"""The verb `bench`: time training and generation beside what else is installed, once the scan proves right.
 
-One JSON object a measurement, then a table with ratios. Peers, transformers' MambaForCausalLM and mambapy, are compared
-when they can be imported.
+One JSON object a measurement, then a table with ratios. Peers, transformers' MambaForCausalLM and mambapy,
+are compared when they can be imported.
 """
 
 import json
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ _LENGTHS = (1024, 4096, 16384, 65536)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="*", default=["train", "length", "generate"], help="train, length, generate")
+    parser.add_argument(
+        "suite", nargs="*", default=["train", "length", "generate"], help="train, length, generate"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the median counts")
     parser.add_argument("--no-peers", action="store_true", help="time this package alone")
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
@@ -41,7 +44,9 @@ def run(arguments: Namespace) -> int:
     for name in arguments.suite:
         for row in suites[name](arguments.repeats, not arguments.no_peers):
             rows.append(row)
-            line = json.dumps({**row, **{key: surroundings[key] for key in ("command", "commit", "hardware", "versions")}})
+            line = json.dumps(
+                {**row, **{key: surroundings[key] for key in ("command", "commit", "hardware", "versions")}}
+            )
             print(json.dumps(row), flush=True)
             if arguments.output:
                 with arguments.output.open("a") as file:
@@ -61,7 +66,8 @@ def _verify() -> None:
     B, C = (torch.randn(2, 70, 16) for _ in range(2))
     A, D = -torch.rand(24, 16) * 8, torch.randn(24)
     ours, truth = (
-        selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, backend=name)[0] for name in (None, "reference")
+        selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, backend=name)[0]
+        for name in (None, "reference")
     )
     error = float((ours - truth).norm() / truth.norm())
     if not error < 1e-5:
@@ -138,7 +144,9 @@ def _train(repeats: int, peers: bool) -> list[dict[str, Any]]:
         if slow:
             _training_step(model, logits(model), tokens[:1, :17])
         seconds = _median(
-            1 if slow else repeats, lambda m=model, f=logits: _training_step(m, f(m), tokens), 0 if slow else 1
+            1 if slow else repeats,
+            partial(_training_step, model, logits(model), tokens),
+            0 if slow else 1,
         )
         rows.append(_row("train", name, f"{_BATCH} x {_LENGTH}", _BATCH * _LENGTH / seconds, "tokens/s"))
     return rows
@@ -152,7 +160,7 @@ def _length(repeats: int, peers: bool) -> list[dict[str, Any]]:
     for length in _LENGTHS:
         tokens = torch.randint(_VOCAB, (1, length + 1))
         seconds = _median(
-            1 if length > 20000 else repeats, lambda t=tokens: _training_step(model, lambda x: model(x)[0], t)
+            1 if length > 20000 else repeats, partial(_training_step, model, lambda x: model(x)[0], tokens)
         )
         rows.append(_row("length", "mambazoo", f"1 x {length}", length / seconds, "tokens/s"))
     return rows
@@ -173,7 +181,13 @@ def _generate(repeats: int, peers: bool) -> list[dict[str, Any]]:
         start = time.perf_counter()
         made = sum(1 for _ in steps)
         rows.append(
-            _row("generate", "mambazoo", f"prompt {prompt_length}", made / (time.perf_counter() - start), "tokens/s")
+            _row(
+                "generate",
+                "mambazoo",
+                f"prompt {prompt_length}",
+                made / (time.perf_counter() - start),
+                "tokens/s",
+            )
         )
     if peers:
         try:
@@ -183,7 +197,9 @@ def _generate(repeats: int, peers: bool) -> list[dict[str, Any]]:
         tokens = torch.randint(_VOCAB, (1, 16))
         with torch.inference_mode():
             seconds = _median(
-                1, lambda: peer.generate(tokens, max_new_tokens=count, min_new_tokens=count, do_sample=False), 0
+                1,
+                lambda: peer.generate(tokens, max_new_tokens=count, min_new_tokens=count, do_sample=False),
+                0,
             )
         rows.append(_row("generate", "transformers (slow path)", "prompt 16", count / seconds, "tokens/s"))
     return rows

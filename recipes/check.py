@@ -37,7 +37,9 @@ def _report(launch: Any) -> None:
     count = sum(p.numel() for p in model.parameters())
     print(f"model     {type(model).__name__}, {count:,} parameters")
     print(f"data      {type(data).__name__}, {data.describe()}")
-    print(f"trainer   {trainer.max_steps:,} steps on {trainer.num_devices} x {device.type}, {trainer.precision}")
+    print(
+        f"trainer   {trainer.max_steps:,} steps on {trainer.num_devices} x {device.type}, {trainer.precision}"
+    )
     print(f"kernels   {choose(torch.device(device.type), None)} back end")
     if "backbone" in model.hparams and hasattr(data, "length"):
         tokens = data.batch_size * data.length

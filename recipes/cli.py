@@ -53,8 +53,13 @@ def _run(given: list[str]) -> int:
 
     listing = verbs.add_parser("ls", help="list the recipes")
     listing.add_argument("filter", nargs="?", default="", help="a part of their names")
-    for verb, summary in (("show", "print a recipe with everything resolved"), ("check", "find all that is wrong with one")):
-        _with_overrides(verbs.add_parser(verb, help=summary), "a packaged recipe, a YAML file, or a run folder")
+    for verb, summary in (
+        ("show", "print a recipe with everything resolved"),
+        ("check", "find all that is wrong with one"),
+    ):
+        _with_overrides(
+            verbs.add_parser(verb, help=summary), "a packaged recipe, a YAML file, or a run folder"
+        )
     copying = verbs.add_parser("cp", help="copy a recipe to edit it")
     copying.add_argument("recipe")
     copying.add_argument("path", nargs="?", help="where to; the recipe's own name by default")
@@ -82,14 +87,16 @@ def _run(given: list[str]) -> int:
         logging.basicConfig(format="%(message)s")
         from . import train
 
-        verb: Callable[[str, list[str]], int] = getattr(train, options.verb)
-        return verb(options.recipe, options.overrides)
+        call: Callable[[str, list[str]], int] = getattr(train, options.verb)
+        return call(options.recipe, options.overrides)
     return {"ls": _ls, "show": _show, "cp": _cp, "check": _check}[options.verb](options)
 
 
 def _with_overrides(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("recipe", help=what)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to change, as in trainer.devices=4")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values to change, as in trainer.devices=4"
+    )
 
 
 def _ls(options: argparse.Namespace) -> int:
@@ -106,7 +113,10 @@ def _show(options: argparse.Namespace) -> int:
 
     from .find import compose, find
 
-    print(yaml.safe_dump(compose(find(options.recipe), options.overrides), sort_keys=False, allow_unicode=True), end="")
+    print(
+        yaml.safe_dump(compose(find(options.recipe), options.overrides), sort_keys=False, allow_unicode=True),
+        end="",
+    )
     return 0
 
 
@@ -139,4 +149,6 @@ def _is_ours(error: BaseException) -> bool:
     if os.environ.get("MAMBAZOO_TRACEBACK"):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(Path(__file__).resolve().parents[1])
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(
+        Path(__file__).resolve().parents[1]
+    )

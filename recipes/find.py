@@ -1,8 +1,8 @@
 """Recipes as files: where they are, what they extend, and what they say once everything is resolved.
 
-A recipe is YAML. `extends` names what it builds on, packaged recipes or files relative to it; `vars` holds values that
-several keys read as ${vars.name}. Overrides are merged before anything is resolved, so that no value is ever stale.
-Nothing here needs PyTorch.
+A recipe is YAML. `extends` names what it builds on, packaged recipes or files relative to it; `vars` holds
+values that several keys read as ${vars.name}. Overrides are merged before anything is resolved, so that no
+value is ever stale. Nothing here needs PyTorch.
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     """The recipe with what it extends and with key=value overrides, every ${...} resolved, as plain values.
 
     Raises:
-        ValueError: for YAML that cannot be read, a cycle, an override without =, a value that is missing or an
-            interpolation that leads nowhere; the message names the file or key.
+        ValueError: for YAML that cannot be read, a cycle, an override without =, a missing value, an interpolation
+            that leads nowhere; the message names the file or key.
     """
     config = _load(recipe.path, ())
     for override in overrides:
@@ -125,7 +125,9 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
         raise ValueError(f"{path} must hold sections such as model, data and trainer")
     extends = own.pop("extends", None) or []
     parts = [extends] if isinstance(extends, str) else list(extends)
-    files = [path.parent / part if part.endswith((".yaml", ".yml")) else ROOT / f"{part}.yaml" for part in parts]
+    files = [
+        path.parent / part if part.endswith((".yaml", ".yml")) else ROOT / f"{part}.yaml" for part in parts
+    ]
     merged = OmegaConf.merge(*(_load(file, (*below, path)) for file in files), own)
     assert isinstance(merged, DictConfig)
     return merged

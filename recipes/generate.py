@@ -8,13 +8,21 @@ NAME, SUMMARY = "generate", "continue a prompt with a trained model"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run")
-    parser.add_argument("--prompt", action="append", help="text, a file of text, or - for standard input; repeatable")
+    parser.add_argument(
+        "checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run"
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="text, a file of text, or - for standard input; repeatable"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that reach this probability")
-    parser.add_argument("--min-p", type=float, default=0.0, help="leave out what is less likely than this times the best")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the tokens that reach this probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="leave out what is less likely than this times the best"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--number", type=int, default=1, help="how many continuations of each prompt")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,7 +82,9 @@ def run(arguments: Namespace) -> int:
             _write(rest + "\n")
         else:
             head = "" if i == 0 else "\n"
-            _write(f"{head}--- {i + 1} of {len(prompts)}\n{text.decode('utf-8', errors='replace')}{outputs[i]}{rest}\n")
+            _write(
+                f"{head}--- {i + 1} of {len(prompts)}\n{text.decode('utf-8', errors='replace')}{outputs[i]}{rest}\n"
+            )
     return 0
 
 

@@ -12,7 +12,9 @@ NAME, SUMMARY = "info", "print what a trained model is made of"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run")
+    parser.add_argument(
+        "checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run"
+    )
     parser.add_argument("--length", type=int, default=2048, help="tokens to estimate the training memory for")
 
 
@@ -28,7 +30,9 @@ def run(arguments: Namespace) -> int:
         print(f"  {part:12} {count:>14,}")
     print(f"vocabulary    {(vocabulary or {}).get('kind', 'none')}, {hparams.get('vocab_size')} tokens")
     memory = training_memory(model, config, arguments.length, 4)
-    print(f"memory        about {memory / 2**30:.2f} GiB to train on {arguments.length} tokens at a time, in float32")
+    print(
+        f"memory        about {memory / 2**30:.2f} GiB to train on {arguments.length} tokens at a time, in float32"
+    )
     print(json.dumps(hparams, indent=2))
     return 0
 

@@ -1,4 +1,4 @@
-"""From a resolved recipe to a model, its data and a trainer: jsonargparse checks every value and builds every object.
+"""From a resolved recipe to a model, its data and a trainer: jsonargparse checks every value and builds them.
 
 LightningCLI is used as its parser and builder alone (`run=False`): recipes are composed before it sees them, and verbs
 call the trainer themselves, so that a checkpoint never overrides the command line.
@@ -63,7 +63,9 @@ class Launch(LightningCLI):
         steps = args["trainer"].get("max_steps")
         if steps is None or (isinstance(steps, int) and steps < 1):
             args["trainer"]["max_steps"] = 1
-            problems.append("trainer.max_steps: must be given and above 0; the learning rate's schedule ends there")
+            problems.append(
+                "trainer.max_steps: must be given and above 0; the learning rate's schedule ends there"
+            )
         while True:
             try:
                 self.config = parser.parse_object(args)
@@ -93,7 +95,11 @@ class _Problem(Exception):
         if match := re.search(r"(?:Group '([\w.]+)' does not|Option) ?(?:accept option )?'([\w.]+)'", text):
             group, option = match.groups()
             key = f"{group}.{option}" if group else option
-            known = [name.removeprefix(f"{group}.") for name in _keys(parser) if not group or name.startswith(f"{group}.")]
+            known = [
+                name.removeprefix(f"{group}.")
+                for name in _keys(parser)
+                if not group or name.startswith(f"{group}.")
+            ]
             return f"{key}: there is no such key{nearest(option, known)}", key
         if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', text, re.DOTALL):
             key, detail = match.groups()
@@ -114,8 +120,8 @@ class _Parser(LightningArgumentParser):
 def reuse_memory() -> None:
     """Have the C library keep large blocks that are freed, for a process that computes on the CPU.
 
-    glibc gives them back to the system, which hands out zeroed pages anew on every step: at 65,536 tokens that took a
-    third of the time. Elsewhere than on glibc this does nothing.
+    glibc gives them back to the system, which hands out zeroed pages anew on every step: at 65,536 tokens
+        that took a third of the time. Elsewhere than on glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -159,7 +165,9 @@ def _split_classes(config: dict[str, Any]) -> tuple[dict[str, type], dict[str, A
     Raises:
         ValueError: when there is no model or no data to go on with.
     """
-    problems = [f"{key}: there is no such section{nearest(key, SECTIONS)}" for key in config if key not in SECTIONS]
+    problems = [
+        f"{key}: there is no such section{nearest(key, SECTIONS)}" for key in config if key not in SECTIONS
+    ]
     classes: dict[str, type] = {}
     values: dict[str, Any] = {"trainer": dict(config.get("trainer") or {})}
     if "seed_everything" in config:
@@ -234,7 +242,13 @@ def _plain(detail: str) -> str:
     """jsonargparse's account of a wrong type on one line."""
     line = " ".join(detail.split())
     if match := re.search(r"Expected an? <class '([\w.]+)'>\. Got value: (.*)", line):
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+        words = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "str": "text",
+            "list": "a list",
+        }
         return f"must be {words.get(match[1], match[1])}, not {match[2]!r}"
     if match := re.search(r"Subtypes: \[(.*?)\] .*Given value: (.*)", line):
         kinds = re.sub(r"<class '([\w.]+)'>", r"\1", match[1]).replace("NoneType", "null")

@@ -1,4 +1,4 @@
-"""The folder of a run: made before it starts, complete enough to go on from, closed with a summary and a picture.
+"""The folder of a run: made before it starts, enough to go on from, closed with a summary and a picture.
 
 runs/<recipe>/<number>/
     recipe.yaml    the recipe, resolved        env.json      versions, commit, command, hardware
@@ -29,7 +29,7 @@ _PACKAGES = ("mambazoo", "torch", "lightning", "triton", "numpy", "omegaconf", "
 
 
 def make_run(root: Path, name: str) -> Path:
-    """Make the folder of a new run, root/name/1, 2, ...; a process that the run itself started is given the same.
+    """Make the folder of a new run, root/name/1, 2, ...; processes that the run starts are given the same.
 
     Raises:
         OSError: when it cannot be written.
@@ -48,7 +48,8 @@ def make_run(root: Path, name: str) -> Path:
                 number += 1
     except OSError as error:
         raise OSError(
-            error.errno, f"trainer.default_root_dir: {parent} cannot be written ({error.strerror}); name another folder"
+            error.errno,
+            f"trainer.default_root_dir: {parent} cannot be written ({error.strerror}); name another folder",
         ) from None
     os.environ[_RUN] = str(parent / str(number))
     return parent / str(number)
@@ -62,7 +63,11 @@ def latest_run(path: Path) -> Path:
     """
     if (path / KEPT).is_file():
         return path
-    runs = [run for run in path.iterdir() if run.name.isdigit() and (run / KEPT).is_file()] if path.is_dir() else []
+    runs = (
+        [run for run in path.iterdir() if run.name.isdigit() and (run / KEPT).is_file()]
+        if path.is_dir()
+        else []
+    )
     if not runs:
         raise FileNotFoundError(f"{path} is no run folder and holds none")
     return max(runs, key=lambda run: int(run.name))
@@ -80,7 +85,7 @@ def environment() -> dict[str, Any]:
     """Versions, git commit, command line and hardware."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -92,11 +97,14 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": versions,
-        "hardware": devices or [f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"],
+        "hardware": devices
+        or [f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"],
     }
 
 
-def summarise(run: Path, recipe: str, monitor: str, mode: str, parameters: int, tokens: int, seconds: float) -> dict[str, Any]:
+def summarise(
+    run: Path, recipe: str, monitor: str, mode: str, parameters: int, tokens: int, seconds: float
+) -> dict[str, Any]:
     """Write summary.json from the run's log: the validation at its best, and what it took."""
     series = read_journal(run)
     val = {key.removeprefix("val/"): values for key, values in series.items() if key.startswith("val/")}
@@ -122,7 +130,10 @@ def plot_losses(run: Path) -> Path:
     series = read_journal(run)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, style in (("train/loss", {"linewidth": 1, "alpha": 0.7}), ("val/loss", {"marker": "o", "markersize": 3})):
+    for key, style in (
+        ("train/loss", {"linewidth": 1, "alpha": 0.7}),
+        ("val/loss", {"marker": "o", "markersize": 3}),
+    ):
         if key in series:
             steps, values = zip(*sorted(series[key]), strict=True)
             axes.plot(steps, values, label=key, **style)
@@ -150,8 +161,12 @@ def _commit() -> str | None:
     """The commit of the source this runs from, with a + when it has changes; None for an installed package."""
     try:
         git = ["git", "-C", str(ROOT.parent), "--no-optional-locks"]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        top = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10
+        )
         if Path(top.stdout.strip()) != ROOT.parent:
             return None
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoints.io import load, save_pretrained
 from ..zoo.journal import rewind_journal
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
@@ -168,10 +166,11 @@ def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
     """The README of a model folder."""
     env = json.loads((run / "env.json").read_text())
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(summary["val"].items()))
+    where = f"at commit {env['commit'] or 'unknown'} on {', '.join(env['hardware'])}"
     return (
-        f"# {name}\n\nTrained by `{env['command']}` at commit {env['commit'] or 'unknown'} on {', '.join(env['hardware'])}: "
-        f"{summary['parameters']:,} parameters, {summary['steps']} steps, {summary['seconds']:.0f} s. "
-        f"`recipe.yaml` holds every value.\n\n| validation | at step {summary['best_step']} |\n|---|---|\n{rows}\n"
+        f"# {name}\n\nTrained by `{env['command']}` {where}: {summary['parameters']:,} parameters, "
+        f"{summary['steps']} steps, {summary['seconds']:.0f} s. `recipe.yaml` holds every value.\n\n"
+        f"| validation | at step {summary['best_step']} |\n|---|---|\n{rows}\n"
     )
 
 
@@ -197,19 +196,30 @@ def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
     refused = [key for key in changed if key.startswith("model.")]
     if refused:
         raise ValueError(
-            "\n".join(f"{key}: is {before.get(key)!r} in this run and cannot become {after.get(key)!r}" for key in refused)
+            "\n".join(
+                f"{key}: is {before.get(key)!r} in this run and cannot become {after.get(key)!r}"
+                for key in refused
+            )
             + "\nthe checkpoint decides these; `mambazoo fit` starts a new run"
         )
     for key in changed:
         if key.startswith("data.") or key == "trainer.max_steps":
-            print(f"{key}: was {before.get(key)!r}; the run will differ from one that never stopped", file=sys.stderr)
+            print(
+                f"{key}: was {before.get(key)!r}; the run will differ from one that never stopped",
+                file=sys.stderr,
+            )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: leaf
+        for name, item in value.items()
+        for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def _callback(launch: Launch, kind: type[Any]) -> Any:
-    return next((callback for callback in launch.trainer.callbacks if isinstance(callback, kind)), None)
+    callbacks: list[Any] = launch.trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -1,6 +1,7 @@
-"""The backbone every task shares: blocks in a row between a frontend that makes (b, l, d_model) and a head that reads it."""
+"""The backbone every task shares: blocks in a row, between a frontend that makes vectors and a head that reads them."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,18 +29,21 @@ class Backbone(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight /= math.sqrt(additions)
+                weight.div_(math.sqrt(additions))
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        return iter(self.layers)  # type: ignore[arg-type]
 
     def forward(
         self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, list[Any] | None]:
         """Return y and, if a state came in, the state after the last step.
 
-        With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and states have
-        s rows.
+        With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and so do states.
         """
         residual, states = None, []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks):
             before = None if state is None else state[i]
             if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
                 x, residual, after = checkpoint(layer, x, residual, before, cu_seqlens, use_reentrant=False)
@@ -52,7 +56,7 @@ class Backbone(nn.Module):
     def step(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """Map one token x (b, d_model); the state is moved on in place."""
         residual = None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks):
             x, residual, state[i] = layer.step(x, residual, state[i])
         y, _ = self.norm_f(x, residual)
         return y, state
@@ -61,4 +65,4 @@ class Backbone(nn.Module):
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> list[Any]:
         """The state before the first token of `batch` sequences."""
-        return [layer.mixer.init_state(batch, device, dtype) for layer in self.layers]
+        return [layer.mixer.init_state(batch, device, dtype) for layer in self.blocks]

@@ -1,6 +1,6 @@
 """One layer: normalise the residual stream, mix along time, add; then, where there is one, the same with an MLP."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,22 +9,12 @@ from torch import Tensor, nn
 from ..kernels.norm import rms_norm
 from .config import BackboneConfig
 from .mamba import Mamba
+from .mixer import Mixer
 
 
-class Mixer(Protocol):
-    """The face of everything that mixes along time; `step` repeated over l equals `forward`."""
-
-    def forward(self, x: Tensor, *, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]: ...
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
-
-    def init_state(self, batch: int, device: torch.device | None, dtype: torch.dtype | None) -> Any: ...
-
-
-def build_mixer(name: str, config: BackboneConfig) -> nn.Module:
+def build_mixer(name: str, config: BackboneConfig) -> Mixer:
     """The mixer that a backbone's pattern calls `name`."""
-    builders = {"mamba": lambda: Mamba(config.d_model, config.mamba)}
-    return builders[name]()
+    return {"mamba": lambda: Mamba(config.d_model, config.mamba)}[name]()
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +43,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of the backbone. It takes the last layer's output apart from the stream, so that adding and norming fuse."""
+    """A layer. What the layer before it adds comes apart from the stream, so that adding and norming fuse."""
 
     def __init__(self, mixer: str, config: BackboneConfig) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ class MambaConfig(Config):
     dt_rank: int | None = None
     # which of delta, B and C depend on the input (table 7)
     selective: tuple[str, ...] = ("delta", "B", "C")
-    # s4d-real: -(n + 1); s4d-lin: -1/2 + n i, d_state / 2 complex states; constant: -1/2; random: exp(N(0, 1)) (table 8)
+    # s4d-real: -(n + 1); s4d-lin: -1/2 + n i, complex; constant: -1/2; random: -exp(N(0, 1)) (table 8)
     a_init: str = "s4d-real"
     dt_init: str = "random"
     dt_scale: float = 1.0
@@ -108,7 +108,9 @@ class BackboneConfig(Config):
             name, star, count = (piece.strip() for piece in part.partition("*"))
             _one_of("backbone.pattern", name, MIXERS)
             if star and not count.isdigit():
-                raise ValueError(f"backbone.pattern: must read like 'mamba' or 'mamba*7 + other', not {self.pattern!r}")
+                raise ValueError(
+                    f"backbone.pattern: must read like 'mamba' or 'mamba*7 + other', not {self.pattern!r}"
+                )
             names += [name] * (int(count) if star else 1)
         if not names:
             raise ValueError(f"backbone.pattern: {self.pattern!r} names no mixer")
@@ -162,7 +164,7 @@ class OptimizerConfig(Config):
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
-    """", did you mean ...?" for the most similar word, or nothing."""
+    """ ", did you mean ...?" for the most similar word, or nothing."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -204,12 +206,20 @@ def _describe(hint: Any) -> str:
         kinds = typing.get_args(hint)
         many = "a list" if kinds[-1] is ... else f"a list of {len(kinds)}"
         return f"{many} ({_describe(kinds[0])})"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[hint]
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        types.NoneType: "null",
+    }[hint]
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{where}: must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}")
+        raise ValueError(
+            f"{where}: must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}"
+        )
 
 
 def _positive(where: str, config: Config, *names: str) -> None:

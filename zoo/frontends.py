@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def padded(vocab_size: int) -> int:
-    """The rows of an embedding: a multiple of 8, which matrix units want; the rows past the vocabulary are never read."""
+    """The rows of an embedding: a multiple of 8, which matrix units want; those past the vocabulary are never read."""
     return -(-vocab_size // 8) * 8
 
 

@@ -1,7 +1,7 @@
 """Writing on: sample token after token from a model, from a state whose size never changes.
 
-Prompts of any lengths go through one packed forward; then every sequence takes a step at a time. Each has its own
-random numbers, so that it is continued in a batch exactly as it would be alone.
+Prompts of any lengths go through one packed forward; then every sequence takes a step at a time. Each has its
+own random numbers, so that it is continued in a batch exactly as it would be alone.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ class Sampling:
         top_k: only the k most likely; 0 is all.
         top_p: only the most likely that together reach this probability (Holtzman et al., 1904.09751).
         min_p: only those at least this likely as the most likely one (Nguyen et al., 2407.01082).
-        repetition_penalty: what has occurred gets its logit divided (multiplied, below zero) by it (CTRL, 1909.05858).
+        repetition_penalty: what has occurred gets its logit divided (multiplied, below zero) by it (CTRL,
+            1909.05858).
         seed: of the random numbers.
     """
 
@@ -58,8 +59,8 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue prompts of token ids; yield the next token of each, None for those that have ended.
 
-    A sequence ends after `max_new_tokens`, or when it draws `stop`, which is not yielded. seeds gives each sequence its
-    own; without them all have that of `sampling`.
+    A sequence ends after `max_new_tokens`, or when it draws `stop`, which is not yielded. seeds gives each
+    sequence its own; without them all have that of `sampling`.
 
     Raises:
         ValueError: when a prompt is empty or holds a token outside the vocabulary.
@@ -115,7 +116,9 @@ def sample(logits: Tensor, draw: Tensor, sampling: Sampling, seen: Tensor) -> Te
     """Draw a token for each row of logits (s, v) by the number in [0, 1) that `draw` (s,) holds for it."""
     logits = logits.double()
     if sampling.repetition_penalty != 1:
-        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        penalised = torch.where(
+            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
+        )
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)

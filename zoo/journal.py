@@ -15,7 +15,7 @@ FILE = "metrics.csv"
 class Journal(Logger):
     """Write every logged value as a row. A step is the number of optimiser steps done when it was measured.
 
-    A kill loses no row but the one being written; a resumed run drops the rows that are later than its checkpoint.
+    A kill loses no row but the one being written; a resumed run drops the rows later than its checkpoint.
     """
 
     def __init__(self, folder: str) -> None:
@@ -46,7 +46,9 @@ class Journal(Logger):
             if fresh:
                 writer.writerow(["step", "metric", "value"])
             # Lightning counts from the step before
-            writer.writerows([(step or 0) + 1, name, repr(float(v))] for name, v in metrics.items() if name != "epoch")
+            writer.writerows(
+                [(step or 0) + 1, name, repr(float(v))] for name, v in metrics.items() if name != "epoch"
+            )
 
 
 def read_journal(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -74,5 +76,8 @@ def rewind_journal(folder: Path, step: int) -> None:
         for at, value in values
         if at < step or (at == step and name.startswith("train/"))
     ]
-    lines = ["step,metric,value", *(f"{at},{name},{value!r}" for at, name, value in sorted(kept, key=lambda row: row[0]))]
+    lines = [
+        "step,metric,value",
+        *(f"{at},{name},{value!r}" for at, name, value in sorted(kept, key=lambda row: row[0])),
+    ]
     write_whole(path, lambda file: file.write("\r\n".join([*lines, ""]).encode()))

@@ -18,6 +18,7 @@ from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.scan import selective_scan
 from ..kernels.step import selective_state_update
 from .config import MambaConfig
+from .mixer import Mixer
 
 
 class MambaState(NamedTuple):
@@ -27,8 +28,8 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (b, d_inner, n), float32 or complex64
 
 
-class Mamba(nn.Module):
-    """Mix x (b, l, d_model) along l with a selective state space model."""
+class Mamba(Mixer):
+    """A selective state space model over d_inner = expand * d_model channels."""
 
     def __init__(self, d_model: int, config: MambaConfig) -> None:
         super().__init__()
@@ -109,11 +110,12 @@ class Mamba(nn.Module):
         """What the input chooses, delta (..., d_inner) before its bias, B and C (..., n), or their constants."""
         chosen = {}
         if self.selected:
-            chosen = dict(zip(self.selected, self.x_proj(u).split(list(self.selected.values()), -1), strict=True))
-        if "delta" in chosen:
-            # the bias goes to the scan, which adds it in float32
-            delta = F.linear(chosen["delta"], self.dt_proj.weight)
-        else:
+            chosen = dict(
+                zip(self.selected, self.x_proj(u).split(list(self.selected.values()), -1), strict=True)
+            )
+        # the bias goes to the scan, which adds it in float32
+        delta = F.linear(chosen["delta"], self.dt_proj.weight) if chosen.get("delta") is not None else None
+        if delta is None:
             delta = torch.zeros_like(self.dt_bias)
         return delta, self._matrix("B", chosen), self._matrix("C", chosen)
 
@@ -126,11 +128,6 @@ class Mamba(nn.Module):
     def forward(
         self, x: Tensor, *, state: MambaState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState | None]:
-        """Mix x (b, l, d_model); return y of the same shape and, if a state came in, the state after the last step.
-
-        With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and states have
-        s rows.
-        """
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv_state = causal_conv1d(
             u,
@@ -163,7 +160,6 @@ class Mamba(nn.Module):
         return y, MambaState(conv_state, ssm_state)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """Mix one token x (b, d_model); the state is moved on in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = causal_conv1d_update(
             u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
@@ -186,8 +182,10 @@ class Mamba(nn.Module):
         )
         return self.out_proj(y), state
 
-    def init_state(self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> MambaState:
-        """The state before the first token, zeros; the convolution's inputs are kept in `dtype`."""
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        """Zeros; the convolution's inputs are kept in `dtype`."""
         device, dtype = device or self.D.device, dtype or self.in_proj.weight.dtype
         conv = torch.zeros(batch, self.config.d_conv - 1, self.d_inner, device=device, dtype=dtype)
         ssm_dtype = torch.complex64 if self.complex else torch.float32

@@ -39,7 +39,9 @@ class StepProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar is not None:
-            self._bar.update(self._tasks["training"], completed=trainer.global_step, metrics=self._metrics(trainer))
+            self._bar.update(
+                self._tasks["training"], completed=trainer.global_step, metrics=self._metrics(trainer)
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
@@ -59,12 +61,19 @@ class StepProgress(ProgressBar):
             self._bar.remove_task(self._tasks.pop("validating"))
         elif self._enabled and trainer.state.fn == "fit":
             done = trainer.global_step - self._first_step
-            left = (time.monotonic() - self._started) / max(1, done) * (trainer.max_steps - trainer.global_step)
-            print(f"step {trainer.global_step}/{trainer.max_steps}  {self._metrics(trainer)}  {left:.0f} s left", flush=True)
+            left = (
+                (time.monotonic() - self._started) / max(1, done) * (trainer.max_steps - trainer.global_step)
+            )
+            print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {self._metrics(trainer)}  {left:.0f} s left",
+                flush=True,
+            )
         if trainer.state.fn != "fit":
             self._close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     def _counts(self, trainer: L.Trainer) -> list[int]:
@@ -72,8 +81,13 @@ class StepProgress(ProgressBar):
         return [int(count) for count in (counts if isinstance(counts, list) else [counts])]
 
     def _metrics(self, trainer: L.Trainer) -> str:
-        values = {name: float(value) for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
-        return "  ".join(f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.3f}" for name, value in values.items())
+        values = {
+            name: float(value) for name, value in trainer.progress_bar_metrics.items() if name != "v_num"
+        }
+        return "  ".join(
+            f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.3f}"
+            for name, value in values.items()
+        )
 
     def _open(self, name: str, total: int, completed: int) -> None:
         console = Console()

@@ -38,7 +38,7 @@ class RandomStates(L.Callback):
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and PyTorch's global generators, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    name, keys, *rest = np.random.get_state()
     return {
         "python": [version, torch.tensor(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],

@@ -1,7 +1,7 @@
 """Checkpoints that survive anything: written whole or not at all, and found again when the newest is damaged.
 
-Lightning 2.6 writes through a second file system's temporary folder and a copy, which a kill or a full disk cuts short,
-and restores a run whose validation was due as if that had happened. Both are mended here.
+Lightning 2.6 writes through a second file system's temporary folder and a copy, which a kill or a full disk
+cuts short, and restores a run whose validation was due as if that had happened. Both are mended here.
 """
 
 import errno
@@ -21,7 +21,7 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file beside path, flush it to the disk and rename it: path is never half a file.
+    """Let `write` fill a temporary file beside path, flush it and rename it: path is never half a file.
 
     Raises:
         OSError: when the disk is full or the folder cannot be written; what was at path before is untouched.
@@ -37,7 +37,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except (OSError, RuntimeError) as error:
         code = error.errno if isinstance(error, OSError) else errno.EIO
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        raise OSError(code, f"{path} could not be written ({reason}); what was there before is whole") from error
+        raise OSError(
+            code, f"{path} could not be written ({reason}); what was there before is whole"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,7 +58,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: when the file is damaged, is something else, or holds objects that loading would have to run code for.
+        ValueError: when the file is damaged, is something else, or holds objects that only code could load.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -112,13 +114,13 @@ class AtomicCheckpointIO(CheckpointIO):
 class Checkpoints(Checkpoint):
     """Keep the last checkpoint, the one before it, and the best by a metric of validation.
 
-    A checkpoint is written after an optimiser step, before the validation that may be due at it; a run resumed from
-    there makes that validation up, so that nothing is lost to a kill in between. The best is a second name of the file
-    that was last when it was validated: it costs nothing, and training can go on from it too.
+    A checkpoint is written after an optimiser step, before the validation that may be due at it; a run
+    resumed from there makes that validation up, so that nothing is lost to a kill in between. The best is
+    a second name of the file that was last when it was validated: free, and good to go on from too.
 
     Args:
         folder: where to write.
-        every_n_steps: optimiser steps from one checkpoint to the next; one is also written before each validation.
+        every_n_steps: optimiser steps between checkpoints; one is also written before each validation.
         monitor: the metric that decides what is best.
         mode: "min" or "max".
     """
@@ -140,7 +142,10 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval % trainer.accumulate_grad_batches:
+        if (
+            isinstance(trainer.val_check_interval, int)
+            and trainer.val_check_interval % trainer.accumulate_grad_batches
+        ):
             raise ValueError(
                 f"trainer.val_check_interval: counts batches and must be a multiple of accumulate_grad_batches, "
                 f"{trainer.accumulate_grad_batches}, not {trainer.val_check_interval}"

@@ -16,8 +16,8 @@ class StoppedError(Exception):
 class GracefulStop(L.Callback):
     """On SIGTERM (preemption) or Ctrl-C, finish the step, let `Checkpoints` save, stop without validating.
 
-    `received` then names the signal, so that the command can leave with 128 + its number, as shells expect. A second
-    Ctrl-C stops at once.
+    `received` then names the signal, so that the command can leave with 128 + its number, as shells expect. A
+    second Ctrl-C stops at once.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class GracefulStop(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        # the checkpoint before this validation is on disk, and a resumed run validates anew; several ranks finish it
+        # the checkpoint before this validation is on disk, and a resumed run validates anew
         if self.received is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
             raise StoppedError
 

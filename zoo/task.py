@@ -1,7 +1,7 @@
-"""What every LightningModule here has in common: the optimiser, guarded gradients, logging, the shape of its hooks.
+"""What every LightningModule here has in common: optimiser, guarded gradients, logging, hooks.
 
-A task says what the loss of a batch is (`training_loss`) and what it measures on held-out data (`measure`); the batch
-is the dict that datamodules/base.py describes.
+A task says what the loss of a batch is (`training_loss`) and what it measures on held-out data (`measure`);
+the batch is the dict that datamodules/base.py describes.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ Batch = Mapping[str, Tensor]
 class Task(L.LightningModule):
     """Train a model on batches of one kind and measure it."""
 
-    # a run may take this many steps in a row with gradients that are not finite, each left out, before it stops
+    # how many steps in a row may be left out because their gradients are not finite
     MAX_SKIPPED = 2
     # the arguments that are dicts in a recipe and configs in here, for checks before anything is built
     CONFIGS: ClassVar[dict[str, type[Config]]] = {"optimizer": OptimizerConfig}
@@ -68,7 +68,9 @@ class Task(L.LightningModule):
     ) -> None:
         """Clip, and leave out a step whose gradient is not finite; Lightning calls this before every optimiser step."""
         if gradient_clip_algorithm == "value":
-            raise ValueError("trainer.gradient_clip_algorithm: gradients are clipped by their norm; leave it out")
+            raise ValueError(
+                "trainer.gradient_clip_algorithm: gradients are clipped by their norm; leave it out"
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
         loss = torch.stack(self._losses).mean()
         self._losses.clear()

@@ -14,7 +14,10 @@ class Throughput(L.Callback):
         self._counted, self._since = 0, time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens + self._counted, "seconds": self.seconds + time.monotonic() - self._since}
+        return {
+            "tokens": self.tokens + self._counted,
+            "seconds": self.seconds + time.monotonic() - self._since,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.seconds = state["tokens"], state["seconds"]
@@ -26,9 +29,10 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._counted += batch["inputs"].shape[:2].numel() * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and not trainer.fit_loop._should_accumulate():
             tokens, seconds = self._close()
-            self.log("train/tokens_per_second", tokens / max(seconds, 1e-9), prog_bar=True)
+            pl_module.log("train/tokens_per_second", tokens / max(seconds, 1e-9), prog_bar=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause = time.monotonic()

@@ -1,0 +1,32 @@
+# Everything a fresh clone needs: each target makes what it depends on.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "mambazoo needs Python 3.11 or newer; name one with make PYTHON=..."; exit 1; }
+	@echo "making .venv with the tested set of packages (a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	@$(BIN)/mambazoo fit language/demo
+	@echo
+	@$(BIN)/mambazoo generate runs/language/demo --prompt "def " --max-new-tokens 300
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: setup
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv dist
