@@ -18,7 +18,8 @@ def check(name: str, overrides: list[str]) -> int:
         with contextlib.redirect_stderr(io.StringIO()):
             launch = Launch(config)
     except (ValueError, OSError) as error:
-        problems = [*str(error).splitlines(), *data_problems(config)]
+        problems = str(error).splitlines()
+        problems += data_problems(config, problems)
         print("\n".join(f"mambazoo: {problem}" for problem in dict.fromkeys(problems)), file=sys.stderr)
         return 2
     _report(launch)

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong, 128 + n sto
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if not _is_ours(error):
             raise
         print(_message(error), file=sys.stderr)
-        code = 2
+        # a disk that fills up is nobody's mistake in asking
+        code = 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
     except FloatingPointError as error:
         print(f"mambazoo: {error}", file=sys.stderr)
         code = 1

@@ -146,16 +146,14 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def data_problems(config: dict[str, Any]) -> list[str]:
-    """What the data module of a recipe objects to, where it can be built at all."""
+def data_problems(config: dict[str, Any], known: list[str]) -> list[str]:
+    """What the data module of a recipe objects to, beside the problems that are known of its keys."""
     try:
         classes, values, _ = _split_classes(config)
-        classes["data"](**values["data"])
+        wrong = {problem.partition(":")[0] for problem in known}
+        classes["data"](**{key: value for key, value in values["data"].items() if f"data.{key}" not in wrong})
     except (ValueError, OSError) as error:
         return str(error).splitlines()
-    except TypeError:
-        # a key of it is wrong, which is said elsewhere
-        pass
     return []
 
 

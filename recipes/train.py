@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.io import load, save_pretrained
+from ..checkpoints.io import TOKENIZER, load, save_pretrained
 from ..zoo.journal import rewind_journal
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
@@ -36,6 +36,9 @@ def fit(name: str, overrides: list[str]) -> int:
         raise
     if launch.trainer.is_global_zero:
         record(run, recipe.name, config)
+        vocabulary = launch.datamodule.vocabulary
+        if vocabulary and "json" in vocabulary:
+            (run / TOKENIZER).write_text(vocabulary["json"], encoding="utf-8")
     return _train(launch, run, recipe.name)
 
 
@@ -49,13 +52,15 @@ def resume(name: str, overrides: list[str]) -> int:
     place = f"trainer.default_root_dir={run}"
     kept = compose(recipe, [place])
     _refuse_changes(compose(recipe, [*overrides, place]), kept)
-    step = read_checkpoint(path)["global_step"]
+    checkpoint = read_checkpoint(path)
+    step = checkpoint["global_step"]
     if (kept.get("loggers") or {}).get("tensorboard"):
         overrides = [*overrides, f"loggers.tensorboard.purge_step={step}"]
     config = compose(recipe, [*overrides, place])
     config.pop("name", None)
     launch = Launch(config)
     _prepare(launch)
+    _must_fit(launch, checkpoint)
     os.environ["MAMBAZOO_RUN"] = str(run)
     if launch.trainer.is_global_zero:
         rewind_journal(run, step)
@@ -181,12 +186,35 @@ def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     if path.suffix != ".ckpt":
         best = run / "checkpoints" / BEST
         path = best if best.exists() else newest_checkpoint(run / "checkpoints")[0]
-    read_checkpoint(path)
-    config = compose(find(str(run)), [*overrides, f"trainer.default_root_dir={run}"])
+    checkpoint = read_checkpoint(path)
+    config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *overrides])
     config.pop("name", None)
+    if (run / TOKENIZER).is_file() and not any(
+        override.startswith("data.tokenizer=") for override in overrides
+    ):
+        # one that the recipe trained would come out differently on other texts
+        config["data"]["tokenizer"] = str(run / TOKENIZER)
     config["loggers"] = {}
     config["callbacks"] = {key: value for key, value in config["callbacks"].items() if key in _WATCHING}
-    return Launch(config), path
+    launch = Launch(config)
+    _prepare(launch)
+    _must_fit(launch, checkpoint)
+    return launch, path
+
+
+def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model, or of one that reads other tokens."""
+    before, after = _flat(checkpoint.get("hyper_parameters", {})), _flat(dict(launch.model.hparams))
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith("optimizer.")]
+    if changed:
+        raise ValueError(
+            "\n".join(
+                f"{key}: the checkpoint has {before.get(key)!r}, the recipe {after[key]!r}" for key in changed
+            )
+        )
+    kept = checkpoint.get(type(launch.datamodule).__qualname__, {}).get("vocabulary")
+    if kept is not None and kept != launch.datamodule.vocabulary:
+        raise ValueError("data.tokenizer: is not the one that the checkpoint was trained with")
 
 
 def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:

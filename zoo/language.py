@@ -86,7 +86,7 @@ class LanguageModel(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float]]:
         """For each sequence of a batch, its targets and their negative log-likelihood in nats."""
-        losses, counted = self.token_losses(batch), batch["targets"] != IGNORE
+        losses, counted = self.token_losses(batch).detach(), batch["targets"] != IGNORE
         if "cu_seqlens" in batch:
             sizes = batch["cu_seqlens"].diff().tolist()
             rows = zip(losses[0].split(sizes), counted[0].split(sizes), strict=True)

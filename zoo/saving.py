@@ -5,6 +5,7 @@ cuts short, and restores a run whose validation was due as if that had happened.
 """
 
 import errno
+import math
 import os
 import shutil
 import zipfile
@@ -187,7 +188,8 @@ class Checkpoints(Checkpoint):
                 f"it measures {', '.join(sorted(trainer.callback_metrics))}"
             )
         now = float(value)
-        if self.best is None or (now < self.best if self.mode == "min" else now > self.best):
+        better = self.best is None or (now < self.best if self.mode == "min" else now > self.best)
+        if better and math.isfinite(now):
             self.best = now
             if trainer.is_global_zero:
                 _second_name(self.folder / LAST, self.folder / BEST)

@@ -1,0 +1,52 @@
+"""What every test starts from: a seed, a cache of its own, memory that is never silently zero."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# recorded values and real corpora; tests that need them skip where they are not
+DATA = Path(os.environ.get("MAMBAZOO_TEST_DATA") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corpora are cached for one session of tests, away from the user's."""
+    monkeypatch.setenv("MAMBAZOO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("MAMBAZOO_BACKEND", raising=False)
+    monkeypatch.delenv("MAMBAZOO_RUN", raising=False)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is not initialised is NaN, so that what a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The folder of recorded values and real corpora."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs the reference data in {DATA.name}, or MAMBAZOO_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of thirty small documents."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(40)]
+        (folder / f"module_{i:02}.py").write_text("\n".join(lines))
+    return folder

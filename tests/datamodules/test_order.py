@@ -1,0 +1,49 @@
+"""The endless order: every sample once a pass, the same from any start, on any number of ranks."""
+
+from itertools import pairwise
+
+import pytest
+from mambazoo.datamodules.order import EndlessBatches, OrderedBatches, permute
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 100, 1000])
+def test_a_pass_is_a_permutation(n: int) -> None:
+    assert sorted(permute(i, n, 5, 0) for i in range(n)) == list(range(n))
+
+
+def test_passes_and_seeds_differ() -> None:
+    orders = {
+        tuple(permute(i, 50, seed, pass_) for i in range(50)) for seed in range(5) for pass_ in range(5)
+    }
+    assert len(orders) == 25
+
+
+def test_the_order_is_mixed() -> None:
+    # neighbours end up far apart, and every place is reached from everywhere
+    n = 1 << 12
+    order = [permute(i, n, 1) for i in range(n)]
+    gaps = sorted(abs(a - b) for a, b in pairwise(order))
+    assert gaps[n // 2] > n / 5
+    assert abs(sum(order[: n // 2]) / (n // 2) - n / 2) < n / 20
+
+
+def take(batches: EndlessBatches, count: int) -> list[list[int]]:
+    iterator = iter(batches)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_ranks_share_one_order() -> None:
+    alone = take(EndlessBatches(0, 6, 0, 1), 4)
+    ranks = [take(EndlessBatches(0, 2, rank, 3), 4) for rank in range(3)]
+    assert [[g for rank in ranks for g in rank[i]] for i in range(4)] == alone
+
+
+def test_any_number_of_ranks_goes_on_where_others_stopped() -> None:
+    assert take(EndlessBatches(12, 3, 0, 1), 2) == [[12, 13, 14], [15, 16, 17]]
+    assert take(EndlessBatches(12, 3, 1, 2), 2) == [[15, 16, 17], [21, 22, 23]]
+
+
+def test_held_out_samples_are_read_once() -> None:
+    batches = [list(OrderedBatches(10, 2, rank, 3)) for rank in range(3)]
+    assert sorted(i for rank in batches for batch in rank for i in batch) == list(range(10))
+    assert [len(OrderedBatches(10, 2, rank, 3)) for rank in range(3)] == [len(rank) for rank in batches]

@@ -1,0 +1,259 @@
+"""Recipes as files, and the command that runs them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from mambazoo.recipes.cli import main
+from mambazoo.recipes.find import ROOT, compose, find, packaged
+
+TINY = Path(__file__).resolve().parents[1] / "tiny.yaml"
+RECIPES = [recipe for recipe in packaged() if recipe.runs]
+FRAGMENTS = [recipe for recipe in packaged() if not recipe.runs]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as exit_:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Result(exit_.value.code, captured.out, captured.err)
+
+    return run
+
+
+def tiny(name: str, folder: Path, texts: Path) -> Path:
+    """A recipe that extends a packaged one and makes it small."""
+    values = yaml.safe_load(TINY.read_text())
+    values["data"]["paths"] = str(texts)
+    path = folder / f"{name.replace('/', '-')}.yaml"
+    path.write_text(yaml.safe_dump({"extends": name, **values}))
+    return path
+
+
+def test_recipes_and_fragments_are_found() -> None:
+    assert {"language/demo", "language/bytes", "language/pretrain"} <= {recipe.name for recipe in RECIPES}
+    extended = {
+        part
+        for recipe in packaged()
+        for line in recipe.path.read_text().splitlines()
+        if line.startswith("extends:")
+        for part in yaml.safe_load(line)["extends"].split()
+    }
+    assert {fragment.name for fragment in FRAGMENTS} <= extended
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: object) -> None:
+    head = recipe.head  # type: ignore[attr-defined]
+    assert f"mambazoo fit {recipe.name}" in head[1]  # type: ignore[attr-defined]
+    assert len(head) >= 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.filterwarnings("ignore")
+def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path: Path, texts: Path) -> None:
+    name: str = recipe.name  # type: ignore[attr-defined]
+    result = mambazoo("fit", str(tiny(name, tmp_path, texts)))
+    assert result.code == 0, result.err
+    run = tmp_path / "runs" / name.replace("/", "-") / "1"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 1
+    assert summary["val"]["loss"] > 0
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "recipe.yaml",
+        "env.json",
+        "metrics.csv",
+        "summary.json",
+        "loss.png",
+        "checkpoints",
+        "model",
+    } <= names
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def test_every_recipe_passes_its_own_check(mambazoo: Command, texts: Path) -> None:
+    for recipe in RECIPES:
+        result = mambazoo("check", recipe.name, f"data.paths={texts}")
+        assert result.code == 0, result.err
+        assert "back end" in result.out
+
+
+def test_overrides_come_before_interpolation() -> None:
+    demo = find("language/demo")
+    assert compose(demo, ["vars.length=77"])["data"]["length"] == 77
+    assert (
+        compose(demo, ["trainer.default_root_dir=x"])["callbacks"]["checkpoints"]["folder"] == "x/checkpoints"
+    )
+
+
+def test_a_recipe_extends_files_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: language/demo\nvars: {length: 5}\n")
+    (tmp_path / "own.yaml").write_text("extends: base.yaml\ndata: {batch_size: 3}\n")
+    config = compose(find(str(tmp_path / "own.yaml")), [])
+    assert (config["data"]["length"], config["data"]["batch_size"]) == (5, 3)
+    assert "vars" not in config
+    assert "extends" not in config
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "message"),
+    [
+        (
+            {"a.yaml": "extends: b.yaml", "b.yaml": "extends: a.yaml"},
+            [],
+            "extends itself: a.yaml -> b.yaml -> a.yaml",
+        ),
+        ({"a.yaml": "extends: nothing.yaml"}, [], "a.yaml extends .*nothing.yaml, which does not exist"),
+        ({"a.yaml": "x: [1"}, [], "cannot be read as YAML"),
+        ({"a.yaml": "- 1"}, [], "must hold sections"),
+        ({"a.yaml": "x: ${y.z}"}, [], "x: Interpolation key 'y.z' not found"),
+        ({"a.yaml": "x: {y: '???'}"}, [], "x.y: must be given"),
+        ({"a.yaml": "x: 1"}, ["x"], "'x' is not key=value"),
+        ({"a.yaml": "x: 1"}, ["x=[1"], r"x: '\[1' cannot be set"),
+    ],
+)
+def test_recipes_that_cannot_be_composed_are_explained(
+    tmp_path: Path, files: dict[str, str], overrides: list[str], message: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compose(find(str(tmp_path / "a.yaml")), overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "language/dmo"], "did you mean 'language/demo'?"),
+        (
+            ["fit", "language/demo", "model.backbone.d_modle=3"],
+            "model.backbone.d_modle: there is no such key, did you mean 'd_model'?",
+        ),
+        (
+            ["fit", "language/demo", "data.lenght=3"],
+            "data.lenght: there is no such key, did you mean 'length'?",
+        ),
+        (["fit", "language/demo", "data.length=foo"], "data.length: must be a whole number, not 'foo'"),
+        (
+            ["fit", "language/demo", "trainer.max_step=3"],
+            "trainer.max_step: there is no such key, did you mean 'max_steps'?",
+        ),
+        (["fit", "language/demo", "trainer.max_steps=0"], "trainer.max_steps: must be given and above 0"),
+        (
+            ["fit", "language/demo", "callbacks.checkpoints.mood=3"],
+            "callbacks.checkpoints.mood: there is no such key, did you mean 'mode'?",
+        ),
+        (
+            ["fit", "language/demo", "model.optimizer.lr=fast"],
+            "model.optimizer.lr: must be a number, not 'fast'",
+        ),
+        (
+            ["fit", "language/demo", "model.class_path=mambazoo.zoo.language.LangModel"],
+            "did you mean 'LanguageModel'?",
+        ),
+        (["fit", "language/demo", "modle.x=3"], "modle: there is no such section, did you mean 'model'?"),
+        (
+            ["fit", "language/demo", "data.paths=/nowhere"],
+            "data.paths: there is no file, folder or match for /nowhere",
+        ),
+        (
+            ["fit", "language/demo", "trainer.max_steps=${nothing}"],
+            "trainer.max_steps: Interpolation key 'nothing' not found",
+        ),
+        (
+            ["fit", "language/demo", "trainer.default_root_dir=/proc/x"],
+            "/proc/x/language/demo cannot be written",
+        ),
+        (["fit", "language/pretrain"], "data.paths: must be given"),
+        (["resume", "runs/none"], "runs/none is no run folder"),
+        (["generate", "runs/none"], "there is no checkpoint, model folder or run runs/none"),
+        (["generate", "x", "--top-p", "7"], "top_p cannot be 7"),
+        (["cp", "language/nothing"], "no recipe, file or run folder"),
+        (["bench", "nothing"], "there is no suite 'nothing'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_costs_a_line_and_code_2(
+    mambazoo: Command, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = mambazoo(*arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert len(result.err.splitlines()) <= 2
+    assert "Traceback" not in result.err
+    # nothing half-made stays
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_check_finds_everything_at_once(mambazoo: Command) -> None:
+    result = mambazoo(
+        "check", "language/demo", "model.x=1", "data.paths=/nowhere", "trainer.max_step=1", "data.batch_size=x",
+        "callbacks.progress.y=2", "model.backbone.d_model=a", "foo=1",
+    )  # fmt: skip
+    assert result.code == 2
+    assert {line.split(": ")[1] for line in result.err.splitlines()} == {
+        "model.x", "data.paths", "trainer.max_step", "data.batch_size", "callbacks.progress.y",
+        "model.backbone.d_model", "foo",
+    }  # fmt: skip
+
+
+def test_ls_show_and_cp_need_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom mambazoo.recipes.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+    )
+    for arguments in (
+        ["ls", "demo"],
+        ["show", "language/demo", "vars.length=9"],
+        ["cp", "language/demo", "my.yaml"],
+    ):
+        command = [sys.executable, "-c", code, *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "my.yaml").read_text() == (ROOT / "language" / "demo.yaml").read_text()
+
+
+def test_show_prints_what_would_run(mambazoo: Command) -> None:
+    shown = yaml.safe_load(mambazoo("show", "language/demo", "vars.length=9", "trainer.devices=4").out)
+    assert (shown["data"]["length"], shown["trainer"]["devices"]) == (9, 4)
+
+
+def test_ls_filters(mambazoo: Command) -> None:
+    assert mambazoo("ls", "pretrain").out.startswith("language/pretrain")
+    assert mambazoo("ls", "nothing").out == ""
+
+
+def test_a_copy_replaces_nothing(mambazoo: Command, tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("mine")
+    assert mambazoo("cp", "language/demo").code == 2
+    assert (tmp_path / "demo.yaml").read_text() == "mine"
+
+
+def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mambazoo.recipes.find as module
+
+    def broken(*_: object) -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(module, "compose", broken)
+    with pytest.raises(json.JSONDecodeError):
+        main(["show", "language/demo"])

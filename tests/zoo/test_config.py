@@ -1,0 +1,80 @@
+"""Configs read plain values, refuse what does not fit, and name the nearest right word."""
+
+import json
+
+import pytest
+import torch
+from mambazoo.zoo.config import SIZES, BackboneConfig, MambaConfig, OptimizerConfig
+from mambazoo.zoo.language import LanguageModel
+
+# parameters of the released models, read off their files: 50,280 rows of embedding, tied
+RELEASED = {
+    "mamba-130m": 129_135_360,
+    "mamba-370m": 371_516_416,
+    "mamba-790m": 793_204_224,
+    "mamba-1.4b": 1_372_178_432,
+    "mamba-2.8b": 2_768_345_600,
+}
+
+
+def test_a_config_survives_json() -> None:
+    config = BackboneConfig(d_model=64, n_layers=3, mamba=MambaConfig(selective=("delta",), dt_rank=7))
+    assert BackboneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_all_problems_are_found_at_once() -> None:
+    with pytest.raises(ValueError, match="d_modle") as error:
+        BackboneConfig.from_dict(
+            {"d_modle": 3, "n_layers": 2.5, "mamba": {"d_stat": 1, "dt_rank": "x"}}, "model.backbone"
+        )
+    assert str(error.value).splitlines() == [
+        "model.backbone.d_modle: there is no such key, did you mean 'd_model'?",
+        "model.backbone.n_layers: must be a whole number, not 2.5",
+        "model.backbone.mamba.d_stat: there is no such key, did you mean 'd_state'?",
+        "model.backbone.mamba.dt_rank: must be a whole number or null, not 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "mamb*3"}, "did you mean 'mamba'"),
+        ({"pattern": "mamba*x"}, "backbone.pattern: must read like"),
+        ({"size": "mamba-130n"}, "is none of"),
+        ({"n_layers": 0}, "must be above 0"),
+        ({"mamba": {"a_init": "zeros"}}, "mamba.a_init: must be one of"),
+        ({"mamba": {"selective": ["delta", "D"]}}, "mamba.selective: must be one of"),
+        ({"mamba": {"a_init": "s4d-lin", "d_state": 5}}, "must be even"),
+        ({"mamba": 3}, "must be a section"),
+    ],
+)
+def test_wrong_values_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BackboneConfig.from_dict(values)
+
+
+def test_a_pattern_fills_the_layers() -> None:
+    assert BackboneConfig(n_layers=5, pattern="mamba*2 + mamba").mixers == ["mamba"] * 5
+
+
+def test_a_size_is_a_start_that_other_values_override() -> None:
+    config = BackboneConfig.from_dict({"size": "mamba-130m", "n_layers": 2})
+    assert (config.d_model, config.n_layers) == (768, 2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_have_the_parameters_of_their_names(size: str) -> None:
+    with torch.device("meta"):
+        model = LanguageModel({"size": size}, vocab_size=50280)
+    count = sum(p.numel() for p in model.parameters())
+    if size in RELEASED:
+        assert count == RELEASED[size]
+    else:
+        backbone = sum(p.numel() for p in model.backbone.parameters())
+        unit = {"k": 1e3, "m": 1e6}[size[-1]]
+        assert backbone == pytest.approx(float(size.removeprefix("mamba-")[:-1]) * unit, rel=0.2)
+
+
+def test_schedule_names_are_checked() -> None:
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        OptimizerConfig(schedule="cosin")

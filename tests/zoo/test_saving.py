@@ -1,0 +1,116 @@
+"""Checkpoints on disk: whole or not at all, found when damaged, never run."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from mambazoo.zoo.journal import Journal, read_journal, rewind_journal
+from mambazoo.zoo.randomness import random_states, set_random_states
+from mambazoo.zoo.saving import AtomicCheckpointIO, newest_checkpoint, read_checkpoint, write_whole
+
+
+def save(path: Path, step: int) -> None:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(100)}, "global_step": step}, path)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path, 1)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device\); what was there before is whole"):
+        save(path, 2)
+    assert read_checkpoint(path)["global_step"] == 1
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_crash_in_the_middle_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_whole(path, lambda file: file.write(b"whole"))
+
+    def crash(file: object) -> None:
+        file.write(b"ha")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, crash)
+    assert path.read_bytes() == b"whole"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    for step, name in enumerate(("best.ckpt", "previous.ckpt", "last.ckpt")):
+        save(tmp_path / name, step)
+        os.utime(tmp_path / name, (step, step))
+    assert newest_checkpoint(tmp_path) == (tmp_path / "last.ckpt", [])
+    content = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(content[: len(content) // 2])
+    path, problems = newest_checkpoint(tmp_path)
+    assert path == tmp_path / "previous.ckpt"
+    assert "not a whole one" in problems[0]
+    for name in ("best.ckpt", "previous.ckpt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        newest_checkpoint(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "text", "foreign"])
+def test_code_and_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    # a user's setting must not open a hole
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = tmp_path / "x.ckpt"
+    if kind == "torch":
+        torch.save({"state_dict": {}, "bomb": Bomb()}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "text":
+        path.write_text("hello")
+    else:
+        torch.save([1, 2, 3], path)
+    with pytest.raises(ValueError, match=r"x\.ckpt"):
+        read_checkpoint(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_random_states_come_back_through_a_checkpoint(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    draw()
+    torch.save({"state_dict": {}, "random": random_states()}, tmp_path / "x.ckpt")
+    expected = draw()
+    assert draw() != expected
+    set_random_states(read_checkpoint(tmp_path / "x.ckpt")["random"])
+    assert draw() == expected
+
+
+def test_the_journal_is_rewound_to_a_checkpoint(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    for step in range(5):
+        journal.log_metrics({"train/loss": 0.1 + step, "epoch": 0}, step)
+        if step % 2:
+            journal.log_metrics({"val/loss": step}, step)
+    # a kill in the middle of a row
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("6,train/lo")
+    assert read_journal(tmp_path)["val/loss"] == [(2, 1.0), (4, 3.0)]
+    rewind_journal(tmp_path, 4)
+    series = read_journal(tmp_path)
+    assert series["train/loss"] == [(step + 1, 0.1 + step) for step in range(4)]
+    assert series["val/loss"] == [(2, 1.0)]
