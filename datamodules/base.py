@@ -10,6 +10,7 @@ A batch is a dict of tensors:
 Tasks and data modules meet nowhere else: a data module knows no model, a task no file.
 """
 
+import signal
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -107,12 +108,19 @@ class DataModule(L.LightningDataModule):
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             # a generator of its own, so that opening a loader takes nothing from the global stream
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _world(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # what stops a run is sent to all its processes; the main one still needs its workers for the last step
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Ordered(Dataset[Any]):

@@ -7,6 +7,7 @@ runs/<recipe>/<number>/
     model/         the best weights, to use
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -20,12 +21,13 @@ from typing import Any
 
 import yaml
 
+from .. import __version__
 from ..zoo.journal import read_journal
 from .find import KEPT, ROOT
 
 # the processes that a launcher starts find the folder of their run here
 _RUN = "MAMBAZOO_RUN"
-_PACKAGES = ("mambazoo", "torch", "lightning", "triton", "numpy", "omegaconf", "jsonargparse", "tokenizers")
+_PACKAGES = ("torch", "lightning", "triton", "numpy", "omegaconf", "jsonargparse", "tokenizers")
 
 
 def make_run(root: Path, name: str) -> Path:
@@ -85,7 +87,7 @@ def environment() -> dict[str, Any]:
     """Versions, git commit, command line and hardware."""
     import torch
 
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {"mambazoo": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -97,8 +99,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": versions,
-        "hardware": devices
-        or [f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"],
+        "hardware": devices or [f"{_processor()}, {torch.get_num_threads()} threads"],
     }
 
 
@@ -144,6 +145,15 @@ def plot_losses(run: Path) -> Path:
     path = run / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def _processor() -> str:
+    """The processor's own name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _portable(value: Any, prefix: str) -> Any:

@@ -128,9 +128,10 @@ def test_a_signal_stops_after_a_step_with_a_checkpoint(
     recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "runs" / "small" / "1"
-    process = start(tmp_path, "fit", str(recipe))
+    process = start(tmp_path, "fit", str(recipe), "data.num_workers=2")
     wait_for_step(run, 9, process)
-    process.send_signal(number)
+    # to all its processes, as a terminal and a scheduler do
+    os.killpg(process.pid, number)
     output = finish(process, code)
     assert f"mambazoo resume {Path('runs/small/1')}" in output
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] >= 9
