@@ -12,7 +12,7 @@ setup: .venv/.ready
 		|| { echo "mambazoo needs Python 3.11 or newer; name one with make PYTHON=..."; exit 1; }
 	@echo "making .venv with the tested set of packages (a few minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,samples]"
 	@touch $@
 
 demo: setup
@@ -22,6 +22,7 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton
 
 check: setup
 	@$(BIN)/ruff check

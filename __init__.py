@@ -19,7 +19,11 @@ _FACE = {
     "BackboneConfig": "zoo.config",
     "Mamba": "zoo.mamba",
     "LanguageModel": "zoo.language",
+    "GenomeModel": "zoo.genomics",
+    "SequenceClassifier": "zoo.classification",
     "TextDataModule": "datamodules.text",
+    "GenomeDataModule": "datamodules.genomics",
+    "LabelledSequenceDataModule": "datamodules.labelled",
     "from_pretrained": "checkpoints.io",
 }
 __all__ = [*_FACE, "__version__"]
@@ -27,6 +31,8 @@ __all__ = [*_FACE, "__version__"]
 if TYPE_CHECKING:
     # for tools that read and do not run
     from .checkpoints.io import from_pretrained as from_pretrained
+    from .datamodules.genomics import GenomeDataModule as GenomeDataModule
+    from .datamodules.labelled import LabelledSequenceDataModule as LabelledSequenceDataModule
     from .datamodules.text import TextDataModule as TextDataModule
     from .kernels.conv import causal_conv1d as causal_conv1d
     from .kernels.conv import causal_conv1d_update as causal_conv1d_update
@@ -34,7 +40,9 @@ if TYPE_CHECKING:
     from .kernels.scan import selective_scan as selective_scan
     from .kernels.step import selective_state_update as selective_state_update
     from .zoo.backbone import Backbone as Backbone
+    from .zoo.classification import SequenceClassifier as SequenceClassifier
     from .zoo.config import BackboneConfig as BackboneConfig
+    from .zoo.genomics import GenomeModel as GenomeModel
     from .zoo.language import LanguageModel as LanguageModel
     from .zoo.mamba import Mamba as Mamba
 

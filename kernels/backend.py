@@ -1,15 +1,44 @@
 """Which implementation of an operator runs: the one place that asks."""
 
+import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("triton", "torch", "reference")
+# what the Triton kernels read; double precision and complex numbers go to the torch back end
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# found once, here: torch.compile cannot trace the search
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(device: torch.device, requested: str | None) -> str:
-    """Name the back end for tensors on a device: `requested`, else MAMBAZOO_BACKEND, else the fastest there is."""
-    name = requested or os.environ.get("MAMBAZOO_BACKEND") or "torch"
+def choose(requested: str | None, x: Tensor, *others: Tensor | None) -> str:
+    """Name the back end for x and what comes with it: `requested`, else MAMBAZOO_BACKEND, else the fastest there is.
+
+    Where Triton has no kernel for their dtypes, "triton" gives way to "torch".
+
+    Raises:
+        ValueError: for an unknown name, and for "triton" where it cannot run.
+    """
+    on_gpu = x.is_cuda
+    name = (
+        requested or os.environ.get("MAMBAZOO_BACKEND") or ("triton" if on_gpu and _HAS_TRITON else "torch")
+    )
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    if name == "triton":
+        if not _HAS_TRITON or not (on_gpu or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise ValueError(
+                f'backend "triton" cannot run on {x.device}: it needs a GPU and the package triton; '
+                'use backend "torch", or TRITON_INTERPRET=1 to debug'
+            )
+        if any(t.dtype not in _TRITON_DTYPES for t in (x, *others) if t is not None):
+            return "torch"
     return name
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[object]:
+    """Launch kernels where x is: Triton takes the current device, whatever the tensors are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

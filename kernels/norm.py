@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference
+from .checks import expect
 
 
 def rms_norm(
@@ -28,24 +29,28 @@ def rms_norm(
     Raises:
         ValueError: when shapes do not fit; the message names the argument.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must be (d,) = ({x.shape[-1]},), not {tuple(weight.shape)}")
-    for name, other in (("residual", residual), ("gate", gate)):
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, not {tuple(other.shape)}")
-    if backends.choose(x.device, backend) == "reference":
+    if x.ndim == 0:
+        raise ValueError("x must be (..., d), not ()")
+    expect("weight", weight, x.device, (x.shape[-1],))
+    expect("residual", residual, x.device, tuple(x.shape))
+    expect("gate", gate, x.device, tuple(x.shape))
+    name = backends.choose(backend, x, weight, residual, gate)
+    if name == "reference":
         return reference.rms_norm(x, weight, residual=residual, gate=gate, eps=eps)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _norm_op(x, weight, residual, gate, eps)
-    # without a gradient to register, a call of the function itself costs less
-    return _norm(x, weight, residual, gate, eps)
+    # without a gradient to register or a graph to trace, a call of the function itself costs less
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return (_norm if eager else _norm_op)(x, weight, residual, gate, eps, name)
 
 
 def _norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from . import norm_triton
+
+        return norm_triton.norm_fwd(x, weight, residual, gate, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    stream = x.to(dtype, copy=True) if residual is None else x.to(dtype) + residual
+    stream = x.to(dtype, copy=True) if residual is None else x.to(dtype) + residual.to(dtype)
     gated = stream if gate is None else stream * F.silu(gate.to(dtype))
     y = F.rms_norm(gated, weight.shape, weight.to(dtype), eps)
     return y.to(x.dtype).contiguous(), stream.contiguous()
@@ -56,22 +61,36 @@ _norm_op = torch.library.custom_op("mambazoo::rms_norm", _norm, mutates_args=())
 
 @torch.library.custom_op("mambazoo::rms_norm_backward", mutates_args=())
 def _norm_backward(
-    dy: Tensor, d_stream: Tensor | None, stream: Tensor, weight: Tensor, gate: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the stream, the weight and the gate (empty without one)."""
-    wide = None if gate is None else gate.to(stream.dtype)
-    gated = stream if wide is None else stream * F.silu(wide)
+    dy: Tensor,
+    d_stream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    wants_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x in dy's dtype, of the residual in float32, of weight and of gate; empty where unwanted."""
+    if backend == "triton":
+        from . import norm_triton
+
+        return norm_triton.norm_bwd(dy, d_stream, stream, weight, gate, eps, wants_residual)
+    dtype = torch.promote_types(stream.dtype, torch.float32)
+    wide = None if gate is None else gate.to(dtype)
+    gated = stream.to(dtype) if wide is None else stream * F.silu(wide)
     inverse = _inverse_rms(gated, eps)
-    normed, dy = gated * inverse, dy.to(stream.dtype)
-    d_weight = (dy * normed).flatten(0, -2).sum(0)
-    dy = dy * weight
-    d_gated = inverse * (dy - normed * (dy * normed).mean(-1, keepdim=True))
-    d_gate = stream.new_empty(0)
-    if wide is not None:
-        d_gate = torch.ops.aten.silu_backward(d_gated * stream, wide)
-        d_gated = d_gated * F.silu(wide)
-    d_stream = d_gated if d_stream is None else d_gated + d_stream
-    return d_stream.contiguous(), d_weight.to(weight.dtype), d_gate.contiguous()
+    normed, grad = gated * inverse, dy.to(dtype)
+    d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    grad = grad * weight
+    grad = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    d_gate = dy.new_empty(0)
+    if gate is not None and wide is not None:
+        d_gate = torch.ops.aten.silu_backward(grad * stream, wide).to(gate.dtype).contiguous()
+        grad = grad * F.silu(wide)
+    grad = (grad if d_stream is None else grad + d_stream).contiguous()
+    # an operator may not return a tensor twice
+    dx = grad.to(dy.dtype, copy=wants_residual)
+    return dx, grad if wants_residual else dy.new_empty(0), d_weight, d_gate
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -79,34 +98,47 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 @_norm_op.register_fake
-def _norm_fake(x, weight, residual, gate, eps):  # type: ignore[no-untyped-def]
+def _norm_fake(x, weight, residual, gate, eps, backend):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape, dtype=dtype)
 
 
 @_norm_backward.register_fake
-def _norm_backward_fake(dy, d_stream, stream, weight, gate, eps):  # type: ignore[no-untyped-def]
-    d_gate = stream.new_empty(0 if gate is None else stream.shape)
-    return torch.empty_like(stream), torch.empty_like(weight), d_gate
+def _norm_backward_fake(dy, d_stream, stream, weight, gate, eps, wants_residual, backend):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(stream.dtype, torch.float32)
+    return (
+        torch.empty_like(dy, memory_format=torch.contiguous_format),
+        dy.new_empty(dy.shape, dtype=dtype) if wants_residual else dy.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        dy.new_empty(0) if gate is None else dy.new_empty(dy.shape, dtype=gate.dtype),
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, residual, gate, ctx.eps = inputs
-    ctx.dtypes = (x.dtype, None if residual is None else residual.dtype, None if gate is None else gate.dtype)
-    ctx.save_for_backward(output[1], weight, gate)
+    x, weight, residual, gate, ctx.eps, ctx.backend = inputs
+    ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+    # x alone is the stream, and may be narrower
+    ctx.save_for_backward(x if residual is None else output[1], weight, gate)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, d_stream):  # type: ignore[no-untyped-def]
     stream, weight, gate = ctx.saved_tensors
-    dy = torch.zeros_like(stream) if dy is None else dy
-    d_stream, d_weight, d_gate = _norm_backward(dy, d_stream, stream, weight, gate, ctx.eps)
-    x, residual, gated = ctx.dtypes
+    x, residual = ctx.dtypes
+    dy = torch.zeros_like(stream, dtype=x) if dy is None else dy
+    # one tensor serves both x and the residual where their dtypes agree
+    wants_residual = residual not in (None, x)
+    dx, d_residual, d_weight, d_gate = _norm_backward(
+        dy, d_stream, stream, weight, gate, ctx.eps, wants_residual, ctx.backend
+    )
+    if residual is not None:
+        d_residual = d_residual.to(residual) if wants_residual else dx
     return (
-        d_stream.to(x),
+        dx,
         d_weight,
-        None if residual is None else d_stream.to(residual),
-        None if gated is None else d_gate.to(gated),
+        None if residual is None else d_residual,
+        None if gate is None else d_gate,
+        None,
         None,
     )
 

@@ -183,3 +183,20 @@ def rms_norm(
     gated = stream if gate is None else stream * F.silu(gate.to(dtype))
     y = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
     return y.to(x.dtype), stream
+
+
+def linear_cross_entropy(
+    y: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Read y (..., d) out by weight (v, d); return the losses of targets (...), summed and each."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    log_p = (y.to(dtype) @ weight[:vocab_size].to(dtype).T).log_softmax(-1)
+    used = targets != ignore_index
+    losses = -log_p.gather(-1, targets.where(used, 0).unsqueeze(-1)).squeeze(-1) * used
+    return (losses if token_weights is None else losses * token_weights).sum(), losses

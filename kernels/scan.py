@@ -6,13 +6,14 @@ The public function checks its arguments and calls a `torch.library` operator, s
 torch.export, activation checkpointing and autocast see one node with a known gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import backend as backends
 from . import reference, scan_torch
-
-DISCRETIZATIONS = ("euler", "zoh")
+from .checks import check_discretization, count_sequences, expect
 
 
 def selective_scan(
@@ -55,7 +56,8 @@ def selective_scan(
         discretization: how B u is held over a step: "euler", gain = delta, as every released Mamba does;
             "zoh", the exact hold, gain = expm1(delta A) / A.
         deterministic: bitwise the same from run to run, gradients included; every back end there is does so.
-        backend: "torch" or "reference"; None leaves it to the device and to MAMBAZOO_BACKEND.
+        backend: "triton", "torch" or "reference"; None leaves it to the device and to MAMBAZOO_BACKEND. Where
+            Triton has no kernel, for complex A and for float64, "triton" gives way to "torch".
 
     Raises:
         ValueError: when shapes, dtypes, devices or cu_seqlens do not fit; the message names the argument.
@@ -63,7 +65,9 @@ def selective_scan(
     Source: Gu and Dao, Mamba (2312.00752), section 3 and algorithm 2; complex A as in S4D (Gu et al., 2206.11893).
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, discretization)
-    name = backends.choose(u.device, backend)
+    # of nothing the reference alone makes nothing without further care
+    requested = "reference" if u.numel() == 0 else backend
+    name = backends.choose(requested, u, delta, A, B, C, D, z, delta_bias, initial_state)
     if name == "reference":
         y, final_state = reference.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus,
@@ -73,9 +77,17 @@ def selective_scan(
     else:
         y, final_state, _ = _scan(
             u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
-            delta_softplus, return_final_state, reverse, discretization,
+            delta_softplus, return_final_state, reverse, discretization, name,
         )  # fmt: skip
     return y, final_state if return_final_state else None
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "torch":
+        return scan_torch
+    from . import scan_triton
+
+    return scan_triton
 
 
 @torch.library.custom_op("mambazoo::selective_scan", mutates_args=())
@@ -94,24 +106,14 @@ def _scan(
     return_final_state: bool,
     reverse: bool,
     discretization: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(u.device.type, enabled=False):
-        y, final_state, starts = scan_torch.scan_fwd(
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            initial_state,
-            cu_seqlens,
-            delta_softplus,
-            reverse,
-            discretization,
-        )
-    return y, final_state if return_final_state else final_state.new_empty(0), starts
+    with torch.autocast(u.device.type, enabled=False), backends.launching_on(u):
+        y, final_state, starts = _implementation(backend).scan_fwd(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            delta_softplus, reverse, discretization,
+        )  # fmt: skip
+    return y, final_state.contiguous() if return_final_state else final_state.new_empty(0), starts
 
 
 @torch.library.custom_op("mambazoo::selective_scan_backward", mutates_args=())
@@ -132,10 +134,11 @@ def _scan_backward(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    backend: str,
 ) -> list[Tensor]:
     """The gradient of each tensor from u to initial_state; an empty tensor where there was none."""
-    with torch.autocast(u.device.type, enabled=False):
-        gradients = scan_torch.scan_bwd(
+    with torch.autocast(u.device.type, enabled=False), backends.launching_on(u):
+        gradients = _implementation(backend).scan_bwd(
             dy, d_final, starts,
             u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse,
             discretization,
@@ -149,11 +152,12 @@ def _scan_backward(
 
 @_scan.register_fake
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
-    return_final_state = flags[1]
+    _, return_final_state, _, _, backend = flags
     states = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
     final_state = u.new_empty((states, *A.shape) if return_final_state else 0, dtype=dtype)
-    starts = u.new_empty(scan_torch.starts_shape(u, A, cu_seqlens is not None), dtype=dtype)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    starts = u.new_empty(_implementation(backend).starts_shape(u, A, sequences), dtype=dtype)
     return torch.empty_like(u, memory_format=torch.contiguous_format), final_state, starts
 
 
@@ -167,8 +171,8 @@ def _scan_backward_fake(dy, d_final, starts, u, delta, A, B, C, D, z, delta_bias
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, delta_softplus, ctx.returned_final_state, reverse, discretization = inputs
-    ctx.flags = (delta_softplus, reverse, discretization)
+    *tensors, delta_softplus, ctx.returned_final_state, reverse, discretization, backend = inputs
+    ctx.flags = (delta_softplus, reverse, discretization, backend)
     ctx.save_for_backward(output[2], *tensors)
     ctx.set_materialize_grads(False)
 
@@ -178,7 +182,7 @@ def _backward(ctx, dy, d_final, _):  # type: ignore[no-untyped-def]
     d_final = d_final if ctx.returned_final_state else None
     gradients = _scan_backward(dy, d_final, starts, *tensors, *ctx.flags)
     wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:9], strict=True))
-    return *wanted, None, None, None, None, None
+    return *wanted, None, None, None, None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
@@ -199,7 +203,7 @@ def _check(
 ) -> None:
     if u.ndim != 3 or not u.is_floating_point():
         raise ValueError(f"u must be (b, l, d) and floating point, not {tuple(u.shape)} {u.dtype}")
-    (b, l, d), n = u.shape, A.shape[-1]
+    (b, l, d), n = u.shape, A.shape[-1] if A.ndim else 0
     real = torch.promote_types(u.dtype, torch.float32)
     complex_ = torch.promote_types(real, torch.complex32)
     if A.ndim != 2 or A.shape[0] != d or A.dtype not in (real, complex_):
@@ -209,18 +213,10 @@ def _check(
         )
     if not 1 <= n <= 256:
         raise ValueError(f"A has n = {n} states a channel; 1 to 256 are supported")
-    if cu_seqlens is None:
-        states = b
-    else:
-        if b != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
-            raise ValueError(
-                f"cu_seqlens must be int32 (s + 1,) beside b = 1, not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} "
-                f"beside b = {b}: pack the sequences along the length"
-            )
-        states = len(cu_seqlens) - 1
-    _expect("delta", delta, u.device, (b, l, d), (d,))
+    states = count_sequences(cu_seqlens, u)
+    expect("delta", delta, u.device, (b, l, d), (d,))
     for name, matrix in (("B", B), ("C", C)):
-        _expect(name, matrix, u.device, (b, l, n), (b, l, None, n), (d, n))
+        expect(name, matrix, u.device, (b, l, n), (b, l, None, n), (d, n))
         if matrix.ndim == 4 and d % matrix.shape[2]:
             raise ValueError(f"{name} has {matrix.shape[2]} groups, which do not divide d = {d} channels")
         if matrix.is_complex() != A.is_complex():
@@ -232,27 +228,9 @@ def _check(
             f"B has {B.shape[2]} groups and C has {C.shape[2]}: give them the same number, or one of them 1"
         )
     for name, vector in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-        _expect(name, vector, u.device, (d, n) if name == "A" else (d,))
-    _expect("z", z, u.device, (b, l, d))
-    _expect("initial_state", initial_state, u.device, (states, d, n))
+        expect(name, vector, u.device, (d, n) if name == "A" else (d,))
+    expect("z", z, u.device, (b, l, d))
+    expect("initial_state", initial_state, u.device, (states, d, n))
     if initial_state is not None and initial_state.dtype != A.dtype:
         raise ValueError(f"initial_state must be {A.dtype}, as A is, not {initial_state.dtype}")
-    if discretization not in DISCRETIZATIONS:
-        raise ValueError(
-            f"discretization must be one of {', '.join(DISCRETIZATIONS)}, not {discretization!r}"
-        )
-
-
-def _expect(name: str, x: Tensor | None, device: torch.device, *shapes: tuple[int | None, ...]) -> None:
-    """Refuse a tensor on another device or whose shape is none of `shapes`, where None stands for any size."""
-    if x is None:
-        return
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} and u on {device}: move them to one device")
-    for shape in shapes:
-        if len(shape) == x.ndim and all(
-            want in (None, size) for want, size in zip(shape, x.shape, strict=True)
-        ):
-            return
-    wanted = " or ".join(str(shape).replace("None", "g") for shape in shapes)
-    raise ValueError(f"{name} must be {wanted}, not {tuple(x.shape)}")
+    check_discretization(discretization)

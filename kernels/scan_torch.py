@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sequences import boundaries
+
 # elements of one tile and of one of its steps: large against the cost of a call, small against the cache
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 26}
 _STEP = {"cpu": 1 << 16, "cuda": 1 << 23}
@@ -48,7 +50,7 @@ def scan_fwd(
     )
     y = torch.empty_like(scan.u)
     final = scan.initial.clone()
-    kept = scan.A.new_empty(starts_shape(u, A, cu_seqlens is not None))
+    kept = scan.A.new_empty(starts_shape(u, A, None if cu_seqlens is None else cu_seqlens.shape[0] - 1))
     starts = scan.starts(kept)
     starts[0] = 0 if scan.packed else scan.initial
     buffers = scan.buffers(2)
@@ -174,10 +176,10 @@ def scan_bwd(
     )
 
 
-def starts_shape(u: Tensor, A: Tensor, packed: bool) -> tuple[int, int, int]:
+def starts_shape(u: Tensor, A: Tensor, sequences: int | None) -> tuple[int, int, int]:
     """The shape (k, d, n) of what scan_fwd keeps for scan_bwd, which no value of cu_seqlens changes."""
     b, l, _ = u.shape
-    if packed:
+    if sequences is not None:
         # folded rows are _SHORTEST long or longer, so that no more than every other tile is a shorter one
         return (-(-l // _SHORTEST) * 2, *A.shape)
     return (_tiling(b, l, u, A)[2] * b, *A.shape)
@@ -198,16 +200,6 @@ def _fold(bounds: list[int], l: int) -> int:
         if length >= _SHORTEST and l % length == 0 and known.issuperset(range(length, l, length)):
             return l // length
     return 1
-
-
-def _checked(cu_seqlens: Tensor, l: int) -> list[int]:
-    """The boundaries as numbers; a ValueError where they are none."""
-    bounds: list[int] = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != l or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to l = {l}, not {bounds if len(bounds) < 20 else bounds[:20]}"
-        )
-    return bounds
 
 
 class _Scan:
@@ -234,7 +226,7 @@ class _Scan:
         self.state_dtype = torch.promote_types(A.dtype, self.dtype)
         self.reverse, self.packed, self.zoh = reverse, cu_seqlens is not None, discretization == "zoh"
 
-        bounds = [0, l] if cu_seqlens is None else _checked(cu_seqlens, l)
+        bounds = [0, l] if cu_seqlens is None else boundaries(cu_seqlens, l)
         if reverse:
             bounds = [l - t for t in reversed(bounds)]
         # rows of l steps: the batch, or what one packed row is folded into

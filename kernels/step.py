@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference
+from .checks import check_discretization, expect
 
 
 def selective_state_update(
@@ -35,8 +36,8 @@ def selective_state_update(
         ValueError: when shapes do not fit; the message names the argument.
     """
     B, C = (matrix.unsqueeze(1) if matrix.ndim == 2 else matrix for matrix in (B, C))
-    _check(state, u, delta, A, B, C, z)
-    name = backends.choose(u.device, backend)
+    _check(state, u, delta, A, B, C, D, z, delta_bias, discretization)
+    name = backends.choose(backend, u, state, delta, A, B, C, D, z, delta_bias)
     if name == "reference":
         y, new_state = reference.selective_state_update(
             state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization=discretization
@@ -45,11 +46,33 @@ def selective_state_update(
         return y
     # an operator is what compilers and exporters need to see; a call of the function itself costs less
     update = _update_op if torch.compiler.is_compiling() else _update
-    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization)
+    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization, name)
 
 
 @torch.no_grad()
 def _update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    discretization: str,
+    backend: str,
+) -> Tensor:
+    if backend == "triton":
+        from . import step_triton
+
+        return step_triton.update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization)
+    with torch.autocast(u.device.type, enabled=False):
+        return _update_torch(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization)
+
+
+def _update_torch(
     state: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -99,19 +122,36 @@ def _update_fake(state, u, *rest):  # type: ignore[no-untyped-def]
 
 
 def _check(
-    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    discretization: str,
 ) -> None:
-    if state.ndim != 3 or state.dtype != A.dtype or A.shape != state.shape[1:]:
+    if state.ndim != 3 or u.ndim != 2 or state.dtype != A.dtype or A.shape != state.shape[1:]:
         raise ValueError(
-            f"state must be (b, d, n) beside A (d, n), in its dtype, not {tuple(state.shape)} {state.dtype} "
-            f"beside {tuple(A.shape)} {A.dtype}"
+            f"state must be (b, d, n), beside u (b, d) and A (d, n) in one dtype, not {tuple(state.shape)} "
+            f"{state.dtype} beside {tuple(A.shape)} {A.dtype}"
         )
     b, d, n = state.shape
-    for name, x in (("u", u), ("delta", delta), ("z", z)):
-        if x is not None and x.shape != (b, d) and not (name == "delta" and x.shape == (d,)):
-            raise ValueError(f"{name} must be (b, d) = ({b}, {d}), not {tuple(x.shape)}")
+    expect("A", A, u.device, (d, n))
+    expect("state", state, u.device, (b, d, n))
+    expect("u", u, u.device, (b, d))
+    expect("delta", delta, u.device, (b, d), (d,))
+    expect("z", z, u.device, (b, d))
+    expect("D", D, u.device, (d,))
+    expect("delta_bias", delta_bias, u.device, (d,))
+    check_discretization(discretization)
     for name, matrix in (("B", B), ("C", C)):
-        if matrix.shape[0] not in (1, b) or d % matrix.shape[1] or matrix.shape[2] != n:
+        expect(name, matrix, u.device, (b, None, n), (1, None, n))
+        if d % matrix.shape[1]:
+            raise ValueError(f"{name} has {matrix.shape[1]} groups, which do not divide d = {d} channels")
+        if matrix.is_complex() != A.is_complex():
             raise ValueError(
-                f"{name} must be (b, n), (b, g, n) or (1, d, n), not {tuple(matrix.shape)}: b {b}, d {d}, n {n}"
+                f"{name} must be {'complex' if A.is_complex() else 'real'}, as A is, not {matrix.dtype}"
             )

@@ -1,7 +1,7 @@
 """The verb `bench`: time training and generation beside what else is installed, once the scan proves right.
 
-One JSON object a measurement, then a table with ratios. Peers, transformers' MambaForCausalLM and mambapy,
-are compared when they can be imported.
+One JSON object a measurement, then a table. Here are the suites for a CPU, with transformers' MambaForCausalLM and
+mambapy beside them when they can be imported; bench_gpu.py has those for a GPU.
 """
 
 import json
@@ -21,7 +21,9 @@ _LENGTHS = (1024, 4096, 16384, 65536)
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "suite", nargs="*", default=["train", "length", "generate"], help="train, length, generate"
+        "suite",
+        nargs="*",
+        help="train, length, generate; on a GPU scan, operators, models, decode (default: all)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the median counts")
     parser.add_argument("--no-peers", action="store_true", help="time this package alone")
@@ -29,19 +31,31 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    suites = {"train": _train, "length": _length, "generate": _generate}
+    import torch
+
+    from . import bench_gpu
+
+    on_gpu = torch.cuda.is_available()
+    suites = bench_gpu.SUITES if on_gpu else {"train": _train, "length": _length, "generate": _generate}
     for name in arguments.suite:
         if name not in suites:
-            raise ValueError(f"bench: there is no suite {name!r}; choose from {', '.join(suites)}")
+            raise ValueError(
+                f"bench: there is no suite {name!r} for {'a GPU' if on_gpu else 'a CPU'}; "
+                f"choose from {', '.join(suites)}"
+            )
     from .launch import reuse_memory
     from .runs import environment
 
-    reuse_memory()
-    _verify()
+    if on_gpu:
+        # graphs are captured on any stream but the default one
+        torch.cuda.set_stream(torch.cuda.Stream())
+    else:
+        reuse_memory()
+    _verify("cuda" if on_gpu else "cpu")
 
     surroundings = environment()
     rows: list[dict[str, Any]] = []
-    for name in arguments.suite:
+    for name in arguments.suite or suites:
         for row in suites[name](arguments.repeats, not arguments.no_peers):
             rows.append(row)
             line = json.dumps(
@@ -55,23 +69,36 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _verify() -> None:
-    """Refuse to time a scan that is wrong."""
+def _verify(device: str) -> None:
+    """Refuse to time a scan whose output or gradients are wrong, as it is timed: narrow and wide on a GPU."""
+    import torch
+
+    _compare(device, torch.float32, 72, 1e-5)
+    if device == "cuda":
+        _compare(device, torch.bfloat16, 512, 1e-2)
+
+
+def _compare(device: str, dtype: Any, d: int, tolerance: float) -> None:
     import torch
 
     from ..kernels.scan import selective_scan
 
     torch.manual_seed(0)
-    u, delta, z = (torch.randn(2, 70, 24) for _ in range(3))
-    B, C = (torch.randn(2, 70, 16) for _ in range(2))
-    A, D = -torch.rand(24, 16) * 8, torch.randn(24)
-    ours, truth = (
-        selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, backend=name)[0]
-        for name in (None, "reference")
-    )
-    error = float((ours - truth).norm() / truth.norm())
-    if not error < 1e-5:
-        raise ValueError(f"bench: the scan differs from the reference by {error:.1e}; nothing is timed")
+    rows = {"u": (2, 300, d), "delta": (2, 300, d), "B": (2, 300, 16), "C": (2, 300, 16), "z": (2, 300, d)}
+    problem = {name: torch.randn(shape).to(dtype) for name, shape in rows.items()}
+    problem |= {"A": -torch.rand(d, 16) * 16, "D": torch.randn(d), "delta_bias": torch.randn(d)}
+    weight, results = torch.randn(2, 300, d).to(dtype), []
+    for place, backend in (("cpu", "reference"), (device, None)):
+        inputs = {
+            name: (x.double() if backend else x.to(place)).requires_grad_() for name, x in problem.items()
+        }
+        y, _ = selective_scan(**inputs, delta_softplus=True, backend=backend)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(y, list(inputs.values()), weight.to(y))
+        results.append([x.detach().cpu().double() for x in (y, *gradients)])
+    for name, truth, found in zip(("y", *problem), *results, strict=True):
+        error = float((found - truth).norm() / truth.norm())
+        if not error < tolerance:
+            raise ValueError(f"bench: {name} differs from the reference by {error:.1e}; nothing is timed")
 
 
 def _median(repeats: int, call: Callable[[], Any], warmups: int = 1) -> float:
@@ -210,10 +237,21 @@ def _row(suite: str, name: str, shape: str, value: float, unit: str) -> dict[str
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The measurements, each with how many times faster the first of its suite is."""
-    lines = ["| suite | what | shape | tokens/s | mambazoo is |", "|---|---|---|---|---|"]
+    """The measurements: beside peers, how many times faster the first of a suite is; beside a floor, its share."""
+    lines = ["| suite | what | shape | measured | |", "|---|---|---|---|---|"]
     for row in rows:
         first = next(other for other in rows if other["suite"] == row["suite"])
-        ratio = "" if row["name"] == "mambazoo" else f"{first['value'] / row['value']:.1f}x as fast"
-        lines.append(f"| {row['suite']} | {row['name']} | {row['shape']} | {row['value']:,.0f} | {ratio} |")
+        remark = ""
+        if "floor" in row:
+            remark = f"floor {row['floor']:.3f} {row['unit']}, {row['share']:.0%} of it reached"
+        elif "gib" in row:
+            remark = f"{row['gib']} GiB"
+        elif first["name"] == "mambazoo" != row["name"]:
+            remark = f"mambazoo is {first['value'] / row['value']:.1f}x as fast"
+        if "mamba_ssm" in row:
+            remark += f"; mamba_ssm {row['mamba_ssm']} {row['unit']}"
+        value = f"{row['value']:,.0f}" if row["value"] >= 100 else f"{row['value']:.3g}"
+        lines.append(
+            f"| {row['suite']} | {row['name']} | {row['shape']} | {value} {row['unit']} | {remark} |"
+        )
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def _report(launch: Any) -> None:
     print(
         f"trainer   {trainer.max_steps:,} steps on {trainer.num_devices} x {device.type}, {trainer.precision}"
     )
-    print(f"kernels   {choose(torch.device(device.type), None)} back end")
+    print(f"kernels   {choose(None, torch.empty(0, device=device.type))} back end")
     if "backbone" in model.hparams and hasattr(data, "length"):
         tokens = data.batch_size * data.length
         size = 2 if "16" in str(trainer.precision) else 4

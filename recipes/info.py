@@ -50,12 +50,14 @@ def parameters_by_part(model: "Task") -> dict[str, int]:
 
 
 def training_memory(model: "Task", config: "BackboneConfig", tokens: int, activation_bytes: int) -> float:
-    """An estimate in bytes: weights, gradients and AdamW's two moments, what the backward keeps, and the logits."""
+    """An estimate in bytes: weights, gradients, AdamW's moments, what the backward keeps, and a chunk of logits."""
+    from ..kernels.cross_entropy import CHUNK
+
     weights = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     d_inner = config.mamba.expand * config.d_model
     # the float32 stream, the norm's output, both halves of in_proj, and the scan's input, step and output
     per_layer = tokens * (4 * config.d_model + activation_bytes * (config.d_model + 5 * d_inner))
     kept = per_layer * (1 if config.checkpoint_activations else config.n_layers)
     streams = tokens * 4 * config.d_model * config.n_layers if config.checkpoint_activations else 0
-    logits = tokens * model.hparams.get("vocab_size", 0) * (4 + 4 + activation_bytes)
+    logits = min(tokens * model.hparams.get("vocab_size", 0) * activation_bytes, CHUNK)
     return weights + kept + streams + logits

@@ -1,6 +1,7 @@
 """What every test starts from: a seed, a cache of its own, memory that is never silently zero."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"needs the reference data in {DATA.name}, or MAMBAZOO_TEST_DATA")
     return DATA
+
+
+@pytest.fixture
+def genome(tmp_path: Path) -> Path:
+    """A FASTA file of three records of a thousand random bases."""
+    draw, path = random.Random(0), tmp_path / "genome.fa"
+    records = ("".join(draw.choices("ACGT", k=1000)) for _ in range(3))
+    path.write_text("".join(f">chr{i} of a genome\n{bases}\n" for i, bases in enumerate(records)))
+    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The line that every file holds: a folder imports only floors below it, data and models never meet."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ FLOORS = {
     "recipes": {"recipes", "checkpoints", "zoo", "kernels", "datamodules"},
 }
 # kernels are torch and triton alone
-KERNEL_IMPORTS = {"torch", "triton", "os", "itertools", "collections", "math", "typing"}
+KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
 FILES = [path for folder in FLOORS for path in sorted((ROOT / folder).glob("*.py"))]
 
 

@@ -10,10 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import Block, RMSNorm
 from .config import BackboneConfig
+from .strands import join_strands, split_strands
 
 
 class Backbone(nn.Module):
-    """Map x (b, l, d_model) to y (b, l, d_model), causally; the state is a list, a layer's state each."""
+    """Map x (b, l, d_model) to y (b, l, d_model), causally; the state is a list, a layer's state each.
+
+    A bidirectional one sees both sides and has no state. With reverse_complement x and y are (b, l, 2 d_model), the two
+    strands side by side (strands.py), and the reverse complement of x is mapped to that of y.
+    """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -42,6 +47,11 @@ class Backbone(nn.Module):
 
         With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and so do states.
         """
+        if state is not None:
+            self._require_a_state()
+        strands, packed = self.config.reverse_complement, cu_seqlens is not None
+        if strands:
+            x, cu_seqlens = split_strands(x, cu_seqlens)
         residual, states = None, []
         for i, layer in enumerate(self.blocks):
             before = None if state is None else state[i]
@@ -51,10 +61,13 @@ class Backbone(nn.Module):
                 x, residual, after = layer(x, residual, before, cu_seqlens)
             states.append(after)
         y, _ = self.norm_f(x, residual)
+        if strands:
+            y = join_strands(y, packed=packed)
         return y, None if state is None else states
 
     def step(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """Map one token x (b, d_model); the state is moved on in place."""
+        self._require_a_state()
         residual = None
         for i, layer in enumerate(self.blocks):
             x, residual, state[i] = layer.step(x, residual, state[i])
@@ -65,4 +78,12 @@ class Backbone(nn.Module):
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> list[Any]:
         """The state before the first token of `batch` sequences."""
+        self._require_a_state()
         return [layer.mixer.init_state(batch, device, dtype) for layer in self.blocks]
+
+    def _require_a_state(self) -> None:
+        if not self.config.causal:
+            raise ValueError(
+                "a backbone that is bidirectional or reads both strands (reverse_complement) has no state and takes "
+                "no steps: give it whole sequences, or build it without both"
+            )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
+from .bidirectional import Bidirectional
 from .config import BackboneConfig
 from .mamba import Mamba
 from .mixer import Mixer
@@ -14,6 +15,13 @@ from .mixer import Mixer
 
 def build_mixer(name: str, config: BackboneConfig) -> Mixer:
     """The mixer that a backbone's pattern calls `name`."""
+    if config.bidirectional is None:
+        return _build_one(name, config)
+    tied = config.bidirectional == "tied"
+    return Bidirectional(_build_one(name, config), _build_one(name, config), tied=tied)
+
+
+def _build_one(name: str, config: BackboneConfig) -> Mixer:
     return {"mamba": lambda: Mamba(config.d_model, config.mamba)}[name]()
 
 

@@ -91,6 +91,10 @@ class BackboneConfig(Config):
     pattern: str = "mamba"
     # width of the gated MLP after every mixer; 0 is none, as in Mamba
     d_mlp: int = 0
+    # mix from both sides: tied shares the projections between the directions (Caduceus), untied shares nothing
+    bidirectional: str | None = None
+    # read both strands of DNA with the same weights: reverse complement in, reverse complement out (Caduceus-PS)
+    reverse_complement: bool = False
     norm_eps: float = 1e-5
     # recompute each block in the backward: less memory, a third more time
     checkpoint_activations: bool = False
@@ -98,7 +102,14 @@ class BackboneConfig(Config):
 
     def __post_init__(self) -> None:
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
+        if self.bidirectional is not None:
+            _one_of("backbone.bidirectional", self.bidirectional, ("tied", "untied"))
         _ = self.mixers
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees what comes after it, so that there is a state to go on from."""
+        return self.bidirectional is None and not self.reverse_complement
 
     @property
     def mixers(self) -> list[str]:

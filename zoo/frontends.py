@@ -11,11 +11,21 @@ def padded(vocab_size: int) -> int:
 
 
 class TokenEmbedding(nn.Module):
-    """A vector for each token: (b, l) integers to (b, l, d_model)."""
+    """A vector for each token: (b, l) integers to (b, l, d_model).
 
-    def __init__(self, vocab_size: int, d_model: int) -> None:
+    With the complement of each token (vocab_size,), that token's vector stands beside its own: (b, l, 2 d_model), what
+    a backbone that reads both strands takes (strands.py).
+    """
+
+    complement: Tensor | None
+
+    def __init__(self, vocab_size: int, d_model: int, complement: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(nn.init.normal_(torch.empty(padded(vocab_size), d_model), std=0.02))
+        self.register_buffer("complement", complement, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        x = F.embedding(tokens, self.weight)
+        if self.complement is None:
+            return x
+        return torch.cat([x, F.embedding(self.complement[tokens], self.weight)], dim=-1)

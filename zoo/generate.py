@@ -1,16 +1,19 @@
 """Writing on: sample token after token from a model, from a state whose size never changes.
 
 Prompts of any lengths go through one packed forward; then every sequence takes a step at a time. Each has its
-own random numbers, so that it is continued in a batch exactly as it would be alone.
+own random numbers, so that it is continued in a batch exactly as it would be alone. On a GPU a step, drawing included,
+is one CUDA graph, and the next is under way before the host has read what the last one drew.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .language import LanguageModel
+from .tokens import TokenModel
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel,
+    model: TokenModel,
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -63,49 +66,154 @@ def generate(
     sequence its own; without them all have that of `sampling`.
 
     Raises:
-        ValueError: when a prompt is empty or holds a token outside the vocabulary.
+        ValueError: when there is no prompt, one is empty or holds a token outside the vocabulary, or seeds are too
+            few or too many.
     """
     sampling = sampling or Sampling()
-    device, vocab_size = model.device, model.head.vocab_size
+    vocab_size = model.head.vocab_size
     for prompt in prompts:
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(f"a prompt must hold tokens from 0 to {vocab_size - 1}, and at least one")
+    if not prompts:
+        raise ValueError("prompts: give at least one")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"seeds: give one for each of the {len(prompts)} prompts, not {len(seeds)}")
+    if max_new_tokens < 1:
+        return
     # the numbers of each sequence are drawn apart, so that none depends on its neighbours
     draws = torch.stack(
         [
             torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for seed in seeds or [sampling.seed] * len(prompts)
+            for seed in (seeds if seeds is not None else [sampling.seed] * len(prompts))
         ]
-    ).to(device)
-
-    logits, state = prefill(model, prompts)
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[torch.tensor(prompt, device=device)] = True
-    going = torch.ones(len(prompts), dtype=torch.bool)
-    for i in range(max_new_tokens):
-        tokens = sample(logits, draws[:, i], sampling, seen)
-        chosen = tokens.tolist()
-        if stop is not None:
-            going &= tokens.cpu() != stop
-        if not going.any():
+    )
+    writer = Writer(model, prompts, sampling, draws)
+    going = [True] * len(prompts)
+    for chosen in _read_behind(writer, max_new_tokens):
+        going = [alive and token != stop for alive, token in zip(going, chosen, strict=True)]
+        if not any(going):
             return
-        yield [token if alive else None for token, alive in zip(chosen, going.tolist(), strict=True)]
-        seen[torch.arange(len(prompts), device=device), tokens] = True
-        if i + 1 < max_new_tokens:
-            logits, state = model.step(tokens, state)
+        yield [token if alive else None for token, alive in zip(chosen, going, strict=True)]
 
 
-def prefill(model: LanguageModel, prompts: list[list[int]]) -> tuple[Tensor, list[object]]:
+class Writer:
+    """Sequences that are continued by a token at a time, on tensors that stay where they are.
+
+    Each call of `advance` moves the model on by `tokens` (b,) and draws the next ones into it. Where a step only
+    changes tensors in place, a GPU runs it from the second call on as a graph, captured once.
+    """
+
+    def __init__(
+        self, model: TokenModel, prompts: list[list[int]], sampling: Sampling, draws: Tensor
+    ) -> None:
+        self.model, self.sampling, device = model, sampling, model.device
+        # steps that are under way before the first is read: a GPU is never kept waiting, a CPU gains nothing
+        self.ahead = 1 if device.type == "cuda" else 0
+        self.seen = torch.zeros(len(prompts), model.head.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(self.seen, prompts, strict=True):
+            row[torch.tensor(prompt, device=device)] = True
+        self.draws, self.drawn = draws.to(device), torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.empty(len(prompts), dtype=torch.long, device=device)
+        self._step: Callable[[], object] | None = None
+        logits, self.state = prefill(model, prompts)
+        self._draw(logits)
+
+    def advance(self) -> None:
+        """Draw the next tokens."""
+        if self._step is not None:
+            self._step()
+        elif self._move_on():
+            # that run has compiled and loaded what a capture must find ready
+            self._step = repeatable(self._move_on, self.tokens.device)
+        else:
+            self._step = self._move_on
+
+    def _move_on(self) -> bool:
+        """Take a step; return whether the state has kept its shape, so that it stays where it is."""
+        state, kept = self.state, list(leaves(self.state))
+        logits, self.state = self.model.step(self.tokens, list(state))
+        moved = list(leaves(self.state))
+        fixed = len(kept) == len(moved) and all(
+            isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+            for a, b in zip(kept, moved, strict=True)
+        )
+        if fixed:
+            self.state = state
+            for a, b in zip(kept, moved, strict=True):
+                if a is not b:
+                    a.copy_(b)
+        self._draw(logits)
+        return fixed
+
+    def _draw(self, logits: Tensor) -> None:
+        draw = self.draws.index_select(1, self.drawn).squeeze(1)
+        self.tokens.copy_(sample(logits, draw, self.sampling, self.seen))
+        self.seen.scatter_(1, self.tokens.unsqueeze(1), True)
+        self.drawn += 1
+
+
+def repeatable(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """What does the same as `call`, which works in place and has run before: on a GPU, a captured graph of it."""
+    if device.type != "cuda":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+        call()
+    return graph.replay
+
+
+def leaves(state: Any) -> Iterator[Any]:
+    """What a state of nested lists, tuples and dicts holds, from first to last."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for item in state:
+            yield from leaves(item)
+    else:
+        yield state
+
+
+def _read_behind(writer: Writer, count: int) -> Iterator[list[int]]:
+    """The tokens of `count` steps, each read on the host when `writer.ahead` more have been started."""
+    waiting: deque[Callable[[], list[int]]] = deque()
+    for i in range(count):
+        if i:
+            writer.advance()
+        waiting.append(_fetch(writer.tokens))
+        if len(waiting) > writer.ahead:
+            yield waiting.popleft()()
+    for read in waiting:
+        yield read()
+
+
+def _fetch(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start to copy tokens to the host; return what waits for them."""
+    host = tokens.to("cpu", non_blocking=True, copy=True)
+    if not tokens.is_cuda:
+        return host.tolist
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tokens.device))
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def prefill(model: TokenModel, prompts: list[list[int]]) -> tuple[Tensor, list[object]]:
     """Read all prompts in one packed forward; return the logits after each (s, vocab_size) and the state."""
     device = model.device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)[None]
+    # outside of inference mode, so that it is looked at once and not in every layer
+    with torch.inference_mode(False):
+        cu_seqlens = torch.tensor([0, *lengths.cumsum(0).tolist()], dtype=torch.int32, device=device)
     y, state = model.backbone(
         model.embedding(tokens),
         state=model.init_state(len(prompts)),
-        cu_seqlens=bounds.to(device=device, dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
     )
     assert state is not None
     # only the last position of each prompt is read out
@@ -114,6 +222,8 @@ def prefill(model: LanguageModel, prompts: list[list[int]]) -> tuple[Tensor, lis
 
 def sample(logits: Tensor, draw: Tensor, sampling: Sampling, seen: Tensor) -> Tensor:
     """Draw a token for each row of logits (s, v) by the number in [0, 1) that `draw` (s,) holds for it."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        return logits.argmax(-1)
     logits = logits.double()
     if sampling.repetition_penalty != 1:
         penalised = torch.where(

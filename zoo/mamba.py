@@ -8,7 +8,7 @@ Parameters carry the reference implementation's names and initial values, so tha
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ class Mamba(Mixer):
             self.A_imag = nn.Parameter(torch.empty(self.d_inner, self.n))
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+        self._kept_A: tuple[list[tuple[int, int]], Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -102,9 +103,24 @@ class Mamba(Mixer):
 
     @property
     def A(self) -> Tensor:
-        """The diagonal of the state matrix (d_inner, n): negative real parts, float32 whatever the weights are."""
-        real = -torch.exp(self.A_log.float())
-        return torch.complex(real, self.A_imag.float().expand_as(real)) if self.complex else real
+        """The diagonal of the state matrix (d_inner, n): negative real parts, at least float32."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._compute_A()
+        # a token's step has time for little else: what the weights give is kept while they stay
+        weights = [self.A_log, self.A_imag] if self.complex else [self.A_log]
+        state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if self._kept_A is None or self._kept_A[0] != state:
+            self._kept_A = (state, self._compute_A())
+        return self._kept_A[1]
+
+    def train(self, mode: bool = True) -> Self:
+        # training may change weights where no version counts it, in a captured graph
+        self._kept_A = None
+        return super().train(mode)
+
+    def _compute_A(self) -> Tensor:
+        real = -torch.exp(_full(self.A_log))
+        return torch.complex(real, _full(self.A_imag).expand_as(real)) if self.complex else real
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the input chooses, delta (..., d_inner) before its bias, B and C (..., n), or their constants."""
@@ -122,13 +138,19 @@ class Mamba(Mixer):
     def _matrix(self, name: str, chosen: dict[str, Tensor]) -> Tensor:
         matrix = chosen[name] if name in chosen else self.get_parameter(name)
         if self.complex:
-            return torch.view_as_complex(matrix.float().unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_complex(_full(matrix).unflatten(-1, (-1, 2)).contiguous())
         return matrix
 
     def forward(
         self, x: Tensor, *, state: MambaState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState | None]:
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        y, state = self.mix(self.in_proj(x), state=state, cu_seqlens=cu_seqlens)
+        return self.out_proj(y), state
+
+    def mix(
+        self, projected: Tensor, *, state: MambaState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MambaState | None]:
+        u, z = projected.chunk(2, dim=-1)
         u, conv_state = causal_conv1d(
             u,
             self.conv1d.weight.squeeze(1),
@@ -154,7 +176,6 @@ class Mamba(Mixer):
             cu_seqlens=cu_seqlens,
             discretization=self.config.discretization,
         )
-        y = self.out_proj(y)
         if conv_state is None or ssm_state is None:
             return y, None
         return y, MambaState(conv_state, ssm_state)
@@ -188,5 +209,10 @@ class Mamba(Mixer):
         """Zeros; the convolution's inputs are kept in `dtype`."""
         device, dtype = device or self.D.device, dtype or self.in_proj.weight.dtype
         conv = torch.zeros(batch, self.config.d_conv - 1, self.d_inner, device=device, dtype=dtype)
-        ssm_dtype = torch.complex64 if self.complex else torch.float32
+        ssm_dtype = torch.promote_types(self.A_log.dtype, torch.complex64 if self.complex else torch.float32)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.n, device=device, dtype=ssm_dtype))
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32, as the state space is, whatever the weights are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

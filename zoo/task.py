@@ -4,6 +4,7 @@ A task says what the loss of a batch is (`training_loss`) and what it measures o
 the batch is the dict that datamodules/base.py describes.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ class Task(L.LightningModule):
         super().__init__()
         self.optimizer_config = OptimizerConfig.from_dict(optimizer or {}, "model.optimizer")
         self._skipped = 0
+        # of the steps not yet looked at: which, the norm of its gradient, and what waits for that
+        self._norms: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._losses: list[Tensor] = []
 
     def training_loss(self, batch: Batch) -> Tensor:
@@ -80,16 +83,32 @@ class Task(L.LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def _guard(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-        if torch.isfinite(norm):
-            self._skipped = 0
-            return
-        self._skipped += 1
-        step = self.global_step + 1
-        if self._skipped > self.MAX_SKIPPED:
-            raise FloatingPointError(
-                f"the gradient was not finite in {self._skipped} steps in a row, the last of them step {step}: "
-                "lower model.optimizer.lr, or look at the data of these steps; the last checkpoint is whole"
-            )
-        self.print(f"step {step}: the gradient is not finite ({norm.item()}); the step is left out")
-        # AdamW passes over parameters without a gradient
-        optimizer.zero_grad(set_to_none=True)
+        # fused AdamW reads this where it runs and leaves the step out, so that a GPU is never waited for
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        copied = None
+        if norm.is_cuda:
+            norm, copied = norm.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._norms.append((self.global_step + 1, norm, copied))
+        # the host looks a step later at what a GPU does
+        self._judge(1 if copied else 0)
+
+    def _judge(self, later: int) -> None:
+        """Count the steps left out, but for the `later` newest, and stop the run where they are too many."""
+        while len(self._norms) > later:
+            step, norm, copied = self._norms.popleft()
+            if copied is not None:
+                copied.synchronize()
+            if torch.isfinite(norm):
+                self._skipped = 0
+                continue
+            self._skipped += 1
+            if self._skipped > self.MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"the gradient was not finite in {self._skipped} steps in a row, the last of them step {step}: "
+                    "lower model.optimizer.lr, or look at the data of these steps; the last checkpoint is whole"
+                )
+            self.print(f"step {step}: the gradient is not finite ({norm.item()}); the step is left out")
+
+    def on_train_end(self) -> None:
+        self._judge(0)

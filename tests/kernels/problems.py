@@ -1,11 +1,20 @@
 """Random problems for the kernels, and comparison by name."""
 
+import os
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 Problem = dict[str, Tensor]
+
+# Triton's tests run on the GPU where there is one, else interpreted, in a process of their own
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU, or TRITON_INTERPRET=1 as make test sets it",
+)
 
 
 def scan_problem(

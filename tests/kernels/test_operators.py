@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mambazoo.kernels.conv import _conv, _conv_update_op, causal_conv1d, causal_conv1d_update
+from mambazoo.kernels.conv import _conv_op, _conv_update_op, causal_conv1d, causal_conv1d_update
 from mambazoo.kernels.norm import _norm_op, rms_norm
 from mambazoo.kernels.scan import selective_scan
 from mambazoo.kernels.step import _update_op, selective_state_update
@@ -123,16 +123,16 @@ def test_operators_pass_opcheck() -> None:
     state = torch.randn(2, 3, 5)
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     calls = [
-        (_conv, (x, weight, bias, state.clone().requires_grad_(), None, True)),
-        (_conv, (x[:1].detach().requires_grad_(), weight, None, None, bounds, False)),
-        (_norm_op, (x, bias, None, None, 1e-5)),
-        (_norm_op, (x, bias, x, x, 1e-5)),
-        (_conv_update_op, (x[:, 0].detach(), state, weight.detach(), None, True)),
+        (_conv_op, (x, weight, bias, state.clone().requires_grad_(), None, True, True, "torch")),
+        (_conv_op, (x[:1].detach().requires_grad_(), weight, None, None, bounds, False, False, "torch")),
+        (_norm_op, (x, bias, None, None, 1e-5, "torch")),
+        (_norm_op, (x, bias, x, x, 1e-5, "torch")),
+        (_conv_update_op, (x[:, 0].detach(), state, weight.detach(), None, True, "torch")),
         (
             _update_op,
             (
                 torch.randn(2, 5, 3), torch.randn(2, 5), torch.randn(2, 5), -torch.rand(5, 3),
-                torch.randn(2, 1, 3), torch.randn(2, 1, 3), None, None, None, True, "euler",
+                torch.randn(2, 1, 3), torch.randn(2, 1, 3), None, None, None, True, "euler", "torch",
             ),
         ),
     ]  # fmt: skip
@@ -152,7 +152,7 @@ def test_operators_pass_opcheck() -> None:
             "initial_state must",
         ),
         (lambda: rms_norm(torch.randn(2, 5), torch.ones(4)), "weight must be"),
-        (lambda: rms_norm(torch.randn(2, 5), torch.ones(5), residual=torch.randn(2, 4)), "residual must have"),
+        (lambda: rms_norm(torch.randn(2, 5), torch.ones(5), residual=torch.randn(2, 4)), "residual must be"),
         (
             lambda: selective_state_update(
                 torch.zeros(2, 6, 4), torch.randn(2, 5), torch.randn(2, 6), -torch.rand(6, 4),
@@ -167,8 +167,68 @@ def test_operators_pass_opcheck() -> None:
             ),
             "B must be",
         ),
+        (
+            lambda: selective_state_update(
+                torch.zeros(2, 6, 4), torch.randn(2, 6), torch.randn(2, 6), -torch.rand(6, 4),
+                torch.randn(2, 4), torch.randn(2, 4), torch.randn(5),
+            ),
+            "D must be",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 5, 100], [-8, 10], [0, 7, 5, 10]])
+def test_wrong_boundaries_are_named(bounds: list[int]) -> None:
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to l = 10"):
+        causal_conv1d(torch.randn(1, 10, 3), torch.randn(3, 4), cu_seqlens=cu_seqlens)
+
+
+def test_boundaries_that_changed_are_looked_at_again() -> None:
+    x, weight = torch.randn(1, 8, 3), torch.randn(3, 4)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
+            causal_conv1d(x, weight, cu_seqlens=cu_seqlens)
+            cu_seqlens.copy_(torch.tensor([0, 2, 5]))
+            with pytest.raises(ValueError, match="cu_seqlens must rise"):
+                causal_conv1d(x, weight, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_state_in_float32(backend: str) -> None:
+    shapes = {"u": (2, 64), "delta": (2, 64), "A": (64, 16), "B": (2, 16), "C": (2, 16)}
+    p = {name: torch.randn(shape) for name, shape in shapes.items()}
+    states = [torch.zeros(2, 64, 16) for _ in range(2)]
+    truth = selective_state_update(states[0], **p, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = selective_state_update(states[1], **p, backend=backend)
+    assert_close("y", y, truth, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5), (2, 3, 0)])
+def test_nothing_makes_nothing(shape: tuple[int, int, int], backend: str) -> None:
+    b, l, d = shape
+    x = torch.randn(shape, requires_grad=True)
+    y, _ = causal_conv1d(x, torch.randn(d, 4), activation="silu", backend=backend)
+    A, matrix = -torch.rand(d, 4), torch.randn(b, l, 4)
+    z, h = selective_scan(x, x, A, matrix, matrix, return_final_state=True, backend=backend)
+    (y.sum() + z.sum()).backward()
+    assert y.shape == z.shape == x.grad.shape == shape
+    assert h.shape == (b, d, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_narrow_state_does_not_narrow_the_convolution(backend: str) -> None:
+    x, weight = torch.randn(2, 5), torch.randn(5, 4)
+    states = [torch.randn(2, 3, 5).bfloat16()] * 2
+    y, truth = (
+        causal_conv1d_update(x, state.clone(), weight, backend=name)
+        for name, state in zip((backend, "reference"), states, strict=True)
+    )
+    assert_close("y", y, truth, 1e-6)

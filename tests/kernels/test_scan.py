@@ -202,7 +202,7 @@ def test_operator_passes_opcheck(problem: Options) -> None:
     torch.use_deterministic_algorithms(False)
     p = scan_problem(dtype=torch.float32, **problem)
     tensors = [p.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
-    results = torch.library.opcheck(_scan, (*tensors, None, True, True, False, "euler"))
+    results = torch.library.opcheck(_scan, (*tensors, None, True, True, False, "euler", "torch"))
     assert set(results.values()) == {"SUCCESS"}
 
 

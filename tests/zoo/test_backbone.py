@@ -118,6 +118,22 @@ def test_complex_and_other_initial_values_of_A() -> None:
     torch.testing.assert_close(mixer.A, torch.full((64, 16), -0.5))
 
 
+@torch.no_grad()
+def test_steps_see_weights_that_changed() -> None:
+    mixer, x = Mamba(16, BackboneConfig(d_model=16, n_layers=1).mamba).eval(), torch.randn(1, 16)
+    before = mixer.A
+    assert mixer.A is before
+    mixer.A_log += 1
+    assert torch.equal(mixer.A, -mixer.A_log.exp())
+    assert mixer.A is not before
+    mixer.double().float()
+    assert torch.equal(mixer.A, -mixer.A_log.exp())
+    state = mixer.init_state(1)
+    mixer.step(x, state)
+    mixer.A_log.copy_(torch.zeros_like(mixer.A_log))
+    assert torch.equal(mixer.A, -torch.ones_like(mixer.A_log))
+
+
 def test_embedding_starts_small() -> None:
     model = LanguageModel({"d_model": 64, "n_layers": 1}, vocab_size=1000)
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -1,8 +1,11 @@
 """Sampling: each sequence as if alone, from a state that does not grow."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from mambazoo.zoo.generate import Sampling, generate, prefill, sample
+from mambazoo.zoo import generate as writing
+from mambazoo.zoo.generate import Sampling, Writer, generate, leaves, prefill, sample
 from mambazoo.zoo.language import LanguageModel
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3], [5, 5, 5, 5]]
@@ -66,6 +69,62 @@ def test_the_state_is_as_large_after_any_prompt(model: LanguageModel) -> None:
     assert sizes[0] == sizes[1]
 
 
+class Replacing(LanguageModel):
+    """Steps that give new tensors back and leave the old ones alone."""
+
+    def step(self, tokens: torch.Tensor, state: list[object]) -> tuple[torch.Tensor, list[object]]:
+        return super().step(tokens, [type(layer)(*(x.clone() for x in layer)) for layer in state])
+
+
+class Counting(Replacing):
+    """Steps that keep a number beside the tensors."""
+
+    def step(self, tokens: torch.Tensor, state: list[object]) -> tuple[torch.Tensor, list[object]]:
+        logits, after = super().step(tokens, state[:-1])
+        return logits, [*after, state[-1] + 1]
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, Replacing, Counting])
+@torch.inference_mode()
+def test_steps_that_can_be_repeated_in_place_are(
+    model: LanguageModel, kind: type[LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [text] = continue_(model, [[3, 4]], Sampling(seed=2))
+    captured: list[Callable[[], object]] = []
+    monkeypatch.setattr(writing, "repeatable", lambda call, device: captured.append(call) or call)
+    other = kind({"d_model": 32, "n_layers": 2}, vocab_size=20).eval()
+    other.load_state_dict(model.state_dict())
+    draws = torch.rand(1, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    writer = Writer(other, [[3, 4]], Sampling(seed=2), draws)
+    if kind is Counting:
+        writer.state.append(0)
+    places = [x.data_ptr() for x in leaves(writer.state) if isinstance(x, torch.Tensor)]
+    for i, token in enumerate(text):
+        if i:
+            writer.advance()
+        assert writer.tokens.tolist() == [token]
+    stays = [x.data_ptr() for x in leaves(writer.state) if isinstance(x, torch.Tensor)] == places
+    assert stays is (kind is not Counting)
+    assert len(captured) == (kind is not Counting)
+
+
+@torch.inference_mode()
+def test_reading_behind_changes_nothing(model: LanguageModel) -> None:
+    draws = torch.rand(2, 30, dtype=torch.float64)
+    texts = []
+    for ahead in (0, 1, 3):
+        writer = Writer(model, [[3], [4, 5]], Sampling(), draws)
+        writer.ahead = ahead
+        texts.append(list(writing._read_behind(writer, 30)))
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 30
+
+
+def test_as_much_is_written_as_asked_for(model: LanguageModel) -> None:
+    assert list(generate(model, [[3]], 0)) == []
+    assert len(list(generate(model, [[3]], 1))) == 1
+
+
 def draw_many(logits: list[float], sampling: Sampling, seen: list[bool] | None = None) -> set[int]:
     count = 2000
     rows = torch.tensor([logits]).expand(count, -1)
@@ -107,3 +166,10 @@ def test_impossible_rules_are_refused(values: dict[str, float]) -> None:
 def test_tokens_outside_the_vocabulary_are_refused(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="from 0 to 19"):
         next(generate(model, [[25]], 1))
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [([], None), ([[1], [1]], [7]), ([[1], [1]], [1, 2, 3])])
+def test_prompts_and_seeds_have_to_match(prompts: list[list[int]], seeds: list[int] | None) -> None:
+    model = LanguageModel({"d_model": 16, "n_layers": 1}, vocab_size=20)
+    with pytest.raises(ValueError, match=r"prompts|seeds"):
+        list(generate(model, prompts, 3, seeds=seeds))

@@ -90,6 +90,16 @@ def test_three_such_steps_in_a_row_stop_the_run_and_are_named() -> None:
         trainer(5).fit(model, DataLoader(batches(5), batch_size=None))
 
 
+def test_a_batch_with_nothing_to_predict_counts_for_nothing() -> None:
+    model = build()
+    inputs = torch.randint(20, (1, 4))
+    model.log = lambda *args, **options: None  # type: ignore[method-assign]
+    model.measure({"inputs": inputs, "targets": inputs}, "val")
+    before = model.nll.compute()
+    model.measure({"inputs": inputs, "targets": torch.full_like(inputs, -100)}, "val")
+    assert torch.equal(model.nll.compute(), before)
+
+
 def test_metrics_are_what_they_are_called() -> None:
     model = build()
     targets = torch.tensor([[3, 4, IGNORE, 5]])

@@ -1,0 +1,338 @@
+"""The selective scan in Triton: three launches forward, four backward, the state in memory at chunk bounds alone.
+
+    h_t = a_t h_{t-1} + x_t,  a_t = exp(delta_t A),  x_t = gain_t B_t u_t,   y_t = C_t . h_t     (Mamba, equation 2)
+
+A warp holds some channels with all their states in registers, a lane a channel or two, so that sums over states stay
+within a lane, and walks over a chunk of time; a program is one warp or a few. Chunks run side by side: a first kernel
+finds what each adds to the state, a small one carries the state from chunk to chunk (the decay of a whole chunk is
+exp(A sum delta)), a third writes y.
+
+The backward carries gradients from chunk to chunk in the same way, sweeps every chunk forward from the state that
+enters it, and then backward from the gradient of the state that leaves it. Sums over channels, dB and dC, leave a
+program as partial sums: no atomics, and so the same result to the bit from run to run.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .scan_triton_backward import backward_sweep_kernel, chunk_grads_kernel, forward_sweep_kernel
+from .scan_triton_forward import carry_kernel, chunk_states_kernel, scan_fwd_kernel
+from .sequences import by_rows
+from .triton_math import LOG2E
+
+
+class _Tile(NamedTuple):
+    """Channels of a warp, steps whose loads are in flight together, and registers that a lane may take."""
+
+    channels: int
+    steps: int
+    registers: int = 255
+
+
+# the fastest of those measured on sm_90: more channels share the loads of B and C, more steps hide latency, and both
+# take registers
+_TILES = {
+    "chunk_states_kernel": _Tile(64, 4, 168),
+    "scan_fwd_kernel": _Tile(64, 2, 128),
+    "chunk_grads_kernel": _Tile(64, 4, 168),
+    "forward_sweep_kernel": _Tile(64, 1),
+    "backward_sweep_kernel": _Tile(64, 1, 168),
+}
+# steps of a chunk: short ones make more programs, long ones fewer states to carry
+_LENGTHS = (256, 128, 64)
+# programs that run at once on 132 multiprocessors, by the registers that they take
+_AT_ONCE = (8 * 132, 12 * 132, 16 * 132)
+# states that a program of the carry takes, and chunks whose loads are in flight together
+_CARRY_STATES, _CARRY_CHUNKS = 128, 8
+
+
+class _Plan(NamedTuple):
+    """How a scan is cut: steps of a chunk, chunks of a sequence (0 for packed ones), chunks in all."""
+
+    length: int
+    per_sequence: int
+    chunks: int
+
+
+def _plan(b: int, l: int, d: int, sequences: int | None) -> _Plan:
+    def cost(length: int) -> float:
+        programs = b * triton.cdiv(l, length) * triton.cdiv(d, 64)
+        waves = sum(triton.cdiv(programs, at_once) for at_once in _AT_ONCE)
+        # carrying a state from chunk to chunk costs about eight steps
+        return waves * (length + 8)
+
+    length = min(_LENGTHS, key=cost)
+    if sequences is not None:
+        return _Plan(length, 0, l // length + sequences)
+    per_sequence = triton.cdiv(l, length)
+    return _Plan(length, per_sequence, b * per_sequence)
+
+
+def starts_shape(u: Tensor, A: Tensor, sequences: int | None) -> tuple[int, int, int]:
+    """The shape (k, n, d) of what scan_fwd keeps for scan_bwd, the states that enter each chunk."""
+    b, l, d = u.shape
+    return (_plan(b, l, d, sequences).chunks, A.shape[1], d)
+
+
+class _Scan:
+    """One scan as its kernels see it: rows by their strides, float32 matrices with channels last, a plan."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        delta_softplus: bool,
+        reverse: bool,
+        discretization: str,
+    ) -> None:
+        (self.b, self.l, self.d), self.n = u.shape, A.shape[1]
+        self.groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
+        self.size = self.d // self.groups
+        self.N = max(2, triton.next_power_of_2(self.n))
+        # sums over channels go through the matrix units where they need not be more exact than what they end up in
+        self.mma = self.N == 16 and all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
+        self.plain = discretization == "euler" and delta.ndim == B.ndim == C.ndim == 3
+        # warps of a program read the same B and C from the cache nearest to them
+        self.warps = next((w for w in (4, 2) if self.mma and self.size % (64 * w) == 0), 1)
+        sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.plan = _plan(self.b, self.l, self.d, sequences)
+        self.sequences = self.b if sequences is None else sequences
+        u, z = by_rows(u), None if z is None else by_rows(z)
+        delta = by_rows(delta) if delta.ndim == 3 else delta.contiguous()
+        table = counts = u
+        if cu_seqlens is not None:
+            table, counts = _chunk_table(cu_seqlens, self.plan, reverse)
+        # what kernels are given, each what it takes; a tensor that is absent is never read
+        self.arguments: dict[str, Any] = {
+            "u_ptr": u,
+            "delta_ptr": delta,
+            "A_ptr": torch.mul(A.t(), LOG2E.value, out=A.new_empty(self.n, self.d)),
+            "B_ptr": self._matrix(B),
+            "C_ptr": self._matrix(C),
+            "D_ptr": u if D is None else D.contiguous(),
+            "z_ptr": u if z is None else z,
+            "bias_ptr": u if delta_bias is None else delta_bias.contiguous(),
+            "table_ptr": table,
+            "counts_ptr": counts,
+            "rows": self.b * self.l,
+            "l": self.l,
+            "d": self.d,
+            "n": self.n,
+            "size": self.size,
+            "length": self.plan.length,
+            "per_sequence": self.plan.per_sequence,
+            "u_batch": u.stride(0),
+            "delta_batch": delta.stride(0) if delta.ndim == 3 else 0,
+            "z_batch": 0 if z is None else z.stride(0),
+            "U_TIME": u.stride(1),
+            "DELTA_TIME": delta.stride(1) if delta.ndim == 3 else 0,
+            "Z_TIME": 0 if z is None else z.stride(1),
+            "Y_TIME": self.d,
+            "MATRIX_TIME": self.groups * self.n,
+            "N": self.N,
+            "SOFTPLUS": delta_softplus,
+            "HAS_D": D is not None,
+            "HAS_Z": z is not None,
+            "HAS_BIAS": delta_bias is not None,
+            "DELTA_ROWS": delta.ndim == 3,
+            "B_ROWS": B.ndim > 2,
+            "C_ROWS": C.ndim > 2,
+            "ZOH": discretization == "zoh",
+            "VARLEN": cu_seqlens is not None,
+            "REVERSE": reverse,
+            "WARPS": self.warps,
+            "MMA": self.mma,
+            # the interpreter multiplies no bfloat16
+            "OPERAND": tl.bfloat16 if u.is_cuda else tl.float32,
+        }
+
+    def _matrix(self, x: Tensor) -> Tensor:
+        """(d, n) -> (n, d);  (b, l, n) or (b, l, g, n) -> (b, l, g, n);  float32"""
+        if x.ndim == 2:
+            return x.float().t().contiguous()
+        x = (x.unsqueeze(2) if x.ndim == 3 else x).float()
+        return x.expand(-1, -1, self.groups, -1).contiguous()
+
+    def channels(self, kernel: Any) -> int:
+        # more states than fit a lane's registers are spread over warps instead
+        return _TILES[kernel.__name__].channels * self.warps if self.N <= 16 else 32
+
+    def blocks(self, kernel: Any) -> int:
+        """Blocks of channels in a group."""
+        return triton.cdiv(self.size, self.channels(kernel))
+
+    def launch(self, kernel: Any, **own: Any) -> None:
+        """Run a kernel on every chunk and block of channels, with its own arguments beside those that all share."""
+        tile, channels = _TILES[kernel.__name__], self.channels(kernel)
+        given = {key: value for key, value in self.arguments.items() if key in kernel.arg_names}
+        blocks = self.blocks(kernel)
+        kernel[(self.plan.chunks * self.groups * blocks,)](
+            **given,
+            **own,
+            blocks=blocks,
+            BLOCK_D=channels,
+            VECTOR=channels // (32 * self.warps),
+            U=tile.steps,
+            EVEN=self.size % channels == 0 and self.n == self.N,
+            num_warps=max(self.warps, self.N // 32),
+            # the exact hold and tiles of constant matrices need all there are
+            maxnreg=tile.registers if self.plain else 255,
+        )
+
+    def carry(self, states: Tensor, decays: Tensor, first: Tensor | None, *, backward: bool) -> Tensor:
+        """Replace what chunks make of zero by what enters them, in place; return what leaves the last (s, n, d)."""
+        last = states.new_empty(self.sequences, self.n, self.d)
+        carry_kernel[(self.sequences * triton.cdiv(self.n * self.d, _CARRY_STATES),)](
+            **{key: value for key, value in self.arguments.items() if key in carry_kernel.arg_names},
+            states_ptr=states,
+            decays_ptr=decays,
+            first_ptr=states if first is None else first,
+            last_ptr=last,
+            BLOCK=_CARRY_STATES,
+            U=_CARRY_CHUNKS,
+            HAS_FIRST=first is not None,
+            BACKWARD=backward,
+            num_warps=1,
+        )
+        return last
+
+    def partial_sums(self, like: Tensor, kernel: Any, kept: Tensor) -> Tensor:
+        """Room for the parts of a gradient: of each chunk (k, n, d), or each block of channels (k, b l, g, n)."""
+        if like.ndim == 2:
+            return torch.empty_like(kept)
+        return kept.new_empty(self.blocks(kernel) * self.warps, self.b * self.l, self.groups, self.n)
+
+    def unmatrix(self, parts: Tensor, like: Tensor) -> Tensor:
+        """A gradient in the shape of B or C, from partial sums (k, n, d) or (k, b l, g, n)."""
+        total = parts.sum(0)
+        if like.ndim == 2:
+            return total.t()
+        total = total.view(self.b, self.l, self.groups, self.n)
+        if like.ndim == 3:
+            return total.sum(2) if self.groups > 1 else total[:, :, 0]
+        return total if like.shape[2] == self.groups else total.sum(2, keepdim=True)
+
+
+def _states(x: Tensor | None) -> Tensor | None:
+    """(s, d, n) -> (s, n, d), float32"""
+    return None if x is None else x.float().transpose(1, 2).contiguous()
+
+
+def _chunk_table(cu_seqlens: Tensor, plan: _Plan, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The chunks of packed sequences, (first time, steps), and where each sequence's begin; nothing synchronises."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    counts = torch.zeros_like(cu_seqlens)
+    counts[1:] = ((ends - starts + plan.length - 1) // plan.length).cumsum(0)
+    i = torch.arange(plan.chunks, device=cu_seqlens.device, dtype=torch.int32)
+    sequence = torch.searchsorted(counts[1:], i, right=True).clamp(max=len(starts) - 1)
+    done = (i - counts[sequence]) * plan.length
+    steps = (ends[sequence] - starts[sequence] - done).clamp(0, plan.length)
+    first = ends[sequence] - 1 - done if reverse else starts[sequence] + done
+    return torch.stack([first, steps], dim=1).to(torch.int32), counts
+
+
+def scan_fwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    discretization: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, those that enter chunks (k, n, d)."""
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    kept = A.new_empty(scan.plan.chunks, scan.n, scan.d)
+    decays = A.new_empty(scan.plan.chunks, scan.d)
+    scan.launch(chunk_states_kernel, states_ptr=kept, decays_ptr=decays)
+    last = scan.carry(kept, decays, _states(initial_state), backward=False)
+    scan.launch(scan_fwd_kernel, states_ptr=kept, y_ptr=y)
+    return y, last.transpose(1, 2), kept
+
+
+def scan_bwd(
+    dy: Tensor | None,
+    d_final: Tensor | None,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    discretization: str,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is absent."""
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
+    dy = torch.zeros_like(u, memory_format=torch.contiguous_format) if dy is None else by_rows(dy)
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    # where delta is constant this is only a place for what one sweep hands to the other
+    d_delta = torch.empty_like(du, dtype=delta.dtype if delta.ndim == 3 else u.dtype)
+    dz = None if z is None else torch.empty_like(du, dtype=z.dtype)
+    terms, rest = du, d_delta
+    if 4 in (du.element_size(), d_delta.element_size()):
+        terms = rest = du if du.element_size() == 4 else d_delta
+    split = terms.element_size() == 2
+    shared = {
+        "dy_ptr": dy,
+        "dy_batch": dy.stride(0),
+        "DY_TIME": dy.stride(1),
+        "SPLIT": split,
+        "terms_ptr": terms.view(torch.uint16) if split else terms,
+        "rest_ptr": rest.view(torch.uint16) if split else rest,
+    }
+    scan.arguments |= shared
+
+    grads, (chunks, n, d) = torch.empty_like(kept), kept.shape
+    decays, flows = A.new_empty(chunks, d), A.new_empty(chunks, d)
+    # of every chunk dA (n, d), dD (d,) and d bias (d,)
+    sums = A.new_empty(chunks, n + 2, d)
+    scan.launch(chunk_grads_kernel, grads_ptr=grads, decays_ptr=decays)
+    d_initial = scan.carry(grads, decays, _states(d_final), backward=True)
+    parts = scan.partial_sums(C, forward_sweep_kernel, kept)
+    scan.launch(
+        forward_sweep_kernel, states_ptr=kept, grads_ptr=grads, flows_ptr=flows,
+        dz_ptr=du if dz is None else dz, sums_ptr=sums, dC_ptr=parts,
+    )  # fmt: skip
+    dC = scan.unmatrix(parts, C)
+    parts = scan.partial_sums(B, backward_sweep_kernel, kept)
+    scan.launch(
+        backward_sweep_kernel, grads_ptr=grads, flows_ptr=flows,
+        du_ptr=du, d_delta_ptr=d_delta, sums_ptr=sums, dB_ptr=parts,
+    )  # fmt: skip
+    total = sums.sum(0)
+    return (
+        du,
+        d_delta if delta.ndim == 3 else total[n + 1].clone(),
+        total[:n].t().clone(memory_format=torch.contiguous_format),
+        scan.unmatrix(parts, B),
+        dC,
+        None if D is None else total[n].clone(),
+        dz,
+        None if delta_bias is None else total[n + 1],
+        None if initial_state is None else d_initial.transpose(1, 2),
+    )

@@ -1,0 +1,445 @@
+"""The backward kernels of the selective scan: a sweep forward over every chunk, then one backward.
+
+The gradient of delta needs the state and its gradient at the same time only in g_t = G_t a_t h_{t-1}, that of
+delta_t A, where G_t = C_t dy_t + a_{t+1} G_{t+1}. But from one step to the next
+
+    g_{t+1} = g_t + (a_{t+1} G_{t+1}) x_t - C_t dy_t (a_t h_{t-1}),      x_t = gain_t B_t u_t,
+
+so that its sum over states, which is all that is asked for, is a running sum of what a sweep forward in time gives and
+what a sweep backward gives, and neither sweep needs the other's states. Where states decay away within a step, both
+terms vanish with them. A running sum in float32 is right to a part in 10^7 of its largest value in the chunk. dA is
+carried along the sweep forward by the derivative of h by A.
+"""
+
+import triton
+import triton.language as tl
+
+from .scan_triton_tiles import (
+    LENGTHS,
+    block,
+    gain_by_A,
+    hold,
+    load_matrix,
+    load_row,
+    load_rows,
+    load_tile,
+    place,
+    step_size,
+    store_row,
+    store_tile,
+)
+from .triton_math import LN2, sigmoid, silu, softplus
+
+
+@triton.jit
+def _store_sums(
+    ptr, value, states, n, stride, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Store the sum over each warp's channels (N,) of a tile (BLOCK_D, N), stride apart; by the matrix units if MMA."""
+    if MMA:
+        own: tl.constexpr = value.shape[0] // WARPS
+        # a warp multiplies what it holds: nothing crosses from one to another
+        values = tl.reshape(value.to(OPERAND), (WARPS, own, value.shape[1]))
+        sums = tl.dot(tl.full((WARPS, 16, own), 1.0, tl.float32).to(OPERAND), values, input_precision="ieee")
+        warps, rows = tl.arange(0, WARPS)[:, None, None], tl.arange(0, 16)[None, :, None]
+        # all rows are the same
+        where = ptr + warps * stride + rows * 0 + states[None, None, :]
+        tl.store(where, sums, mask=(rows == 0) & (states < n)[None, None, :])
+    elif EVEN:
+        tl.store(ptr + states, tl.sum(value, 0))
+    else:
+        tl.store(ptr + states, tl.sum(value, 0), mask=states < n)
+
+
+@triton.jit
+def _store_terms(ptr, rest_ptr, value, exists, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    """Keep float32 values where the gradients of u and delta will be written, in two halves where those are 16-bit."""
+    if SPLIT:
+        bits = value.to(tl.uint32, bitcast=True)
+        store_row(ptr, (bits >> 16).to(tl.uint16), exists, EVEN)
+        store_row(rest_ptr, (bits & 0xFFFF).to(tl.uint16), exists, EVEN)
+    else:
+        store_row(ptr, value, exists, EVEN)
+
+
+@triton.jit
+def _join(high, low, SPLIT: tl.constexpr):
+    if SPLIT:
+        return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.float32, bitcast=True)
+    else:  # noqa: RET505
+        return high
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def chunk_grads_kernel(
+    delta_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, dy_ptr, grads_ptr, decays_ptr, table_ptr,
+    l, d, n, size, blocks, length, per_sequence, delta_batch, z_batch, dy_batch,
+    DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, DY_TIME: tl.constexpr, MATRIX_TIME: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, C_ROWS: tl.constexpr,
+    VARLEN: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The gradient that a chunk's own y give the state that enters it (n, d), and the sum of its steps (d,)."""
+    columns = (d // size) * blocks
+    i, j = tl.program_id(0) // columns, tl.program_id(0) % columns
+    group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
+    states = tl.arange(0, N)
+    batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
+    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
+    raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
+    C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
+    # from the last step to the first
+    ON: tl.constexpr = 1 if REVERSE else -1
+    last = first - ON * (steps - 1)
+    delta = delta_ptr + batch * delta_batch + last * DELTA_TIME + channels
+    z = z_ptr + batch * z_batch + last * Z_TIME + channels
+    dy = dy_ptr + batch * dy_batch + last * DY_TIME + channels
+    C = C_ptr + (batch * l + last) * MATRIX_TIME + group * n
+
+    G = tl.zeros((BLOCK_D, N), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    full = steps // U
+    if full > 0:
+        deltas = load_rows(delta, ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN)
+        zs = load_rows(z, ON * Z_TIME, exists, U, HAS_Z, EVEN)
+        dys = load_rows(dy, ON * DY_TIME, exists, U, True, EVEN)
+        Cs = load_matrix(C, ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
+        for m in range(full):
+            t = tl.minimum(m + 1, full - 1) * U
+            next_deltas = load_rows(
+                delta + t * (ON * DELTA_TIME), ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN
+            )
+            next_zs = load_rows(z + t * (ON * Z_TIME), ON * Z_TIME, exists, U, HAS_Z, EVEN)
+            next_dys = load_rows(dy + t * (ON * DY_TIME), ON * DY_TIME, exists, U, True, EVEN)
+            next_Cs = load_matrix(C + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
+            for k in tl.static_range(U):
+                dt = step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS)
+                grad = dys[k].to(tl.float32) * (silu(zs[k]) if HAS_Z else 1.0)
+                G = tl.exp2(dt[:, None] * A2) * (G + grad[:, None] * (Cs[k][None, :] if C_ROWS else C_tile))
+                total += dt
+            deltas, zs, dys, Cs = next_deltas, next_zs, next_dys, next_Cs
+    for at in range(full * U, steps):
+        row = load_row(delta + at * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
+        dt = step_size(row, bias, SOFTPLUS)
+        z_now = load_rows(z + at * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
+        C_row = load_matrix(C + at * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
+        grad = load_row(dy + at * (ON * DY_TIME), exists, EVEN).to(tl.float32) * (
+            silu(z_now) if HAS_Z else 1.0
+        )
+        G = tl.exp2(dt[:, None] * A2) * (G + grad[:, None] * (C_row[None, :] if C_ROWS else C_tile))
+        total += dt
+    store_tile(grads_ptr + i.to(tl.int64) * n * d, G, channels, states, exists, d, n, EVEN)
+    store_row(decays_ptr + i.to(tl.int64) * d + channels, total, exists, EVEN)
+
+
+@triton.jit
+def _sweep_forward(h, by_A, dA, u, dt, grad, B, C, A2, ZOH: tl.constexpr):
+    """One step forward: what is left of the state before, the state, its derivative by A, dA, and sum_n A C dy a h."""
+    decay, gain = hold(dt, A2, ZOH)
+    left = decay * h
+    into = grad[:, None] * C
+    term = tl.sum(A2 * (into * left), 1) * LN2
+    by_A = decay * by_A + dt[:, None] * left
+    if ZOH:
+        by_A += gain_by_A(dt, A2, decay) * B * u[:, None]
+    h = left + (u[:, None] * gain) * B
+    dA += into * by_A
+    return left, h, by_A, dA, term
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_sweep_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, states_ptr, grads_ptr,
+    terms_ptr, rest_ptr, flows_ptr, dz_ptr, sums_ptr, dC_ptr, table_ptr,
+    rows, l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch, dy_batch,
+    U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr, DY_TIME: tl.constexpr,
+    MATRIX_TIME: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+    SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Sweep a chunk forward: dz, the parts of dA, dC and dD, and sum_n A C dy a h of every step for the sweep back."""
+    columns = (d // size) * blocks
+    i, j = tl.program_id(0) // columns, tl.program_id(0) % columns
+    group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
+    states = tl.arange(0, N)
+    batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
+    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
+    skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
+    raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
+    B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
+    C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
+    ON: tl.constexpr = -1 if REVERSE else 1
+    row = batch * l + first
+    u = u_ptr + batch * u_batch + first * U_TIME + channels
+    delta = delta_ptr + batch * delta_batch + first * DELTA_TIME + channels
+    z = z_ptr + batch * z_batch + first * Z_TIME + channels
+    dy = dy_ptr + batch * dy_batch + first * DY_TIME + channels
+    B = B_ptr + row * MATRIX_TIME + group * n
+    C = C_ptr + row * MATRIX_TIME + group * n
+    stride = rows.to(tl.int64) * MATRIX_TIME
+    dC = dC_ptr + (j % blocks) * WARPS * stride + row * MATRIX_TIME + group * n
+    dz = dz_ptr + row * Y_TIME + channels
+    terms = terms_ptr + row * Y_TIME + channels
+    rest = rest_ptr + row * Y_TIME + channels
+
+    tile = i.to(tl.int64) * n * d
+    h = load_tile(states_ptr + tile, channels, states, exists, d, n, EVEN)
+    left = h
+    by_A = tl.zeros((BLOCK_D, N), tl.float32)
+    dA = tl.zeros((BLOCK_D, N), tl.float32)
+    dC_tile = 0.0 if C_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
+    dD = tl.zeros((BLOCK_D,), tl.float32)
+    full = steps // U
+    if full > 0:
+        us = load_rows(u, ON * U_TIME, exists, U, True, EVEN)
+        deltas = load_rows(delta, ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN)
+        zs = load_rows(z, ON * Z_TIME, exists, U, HAS_Z, EVEN)
+        dys = load_rows(dy, ON * DY_TIME, exists, U, True, EVEN)
+        Bs = load_matrix(B, ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
+        Cs = load_matrix(C, ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
+        for m in range(full):
+            t = tl.minimum(m + 1, full - 1) * U
+            next_us = load_rows(u + t * (ON * U_TIME), ON * U_TIME, exists, U, True, EVEN)
+            next_deltas = load_rows(
+                delta + t * (ON * DELTA_TIME), ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN
+            )
+            next_zs = load_rows(z + t * (ON * Z_TIME), ON * Z_TIME, exists, U, HAS_Z, EVEN)
+            next_dys = load_rows(dy + t * (ON * DY_TIME), ON * DY_TIME, exists, U, True, EVEN)
+            next_Bs = load_matrix(B + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
+            next_Cs = load_matrix(C + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
+            wides, dts, grads, slopes = (), (), (), ()
+            for k in tl.static_range(U):
+                wides = wides + (us[k].to(tl.float32),)  # noqa: RUF005
+                dts = dts + (step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS),)  # noqa: RUF005
+                grad, slope = _split_gate(dys[k], zs[k], HAS_Z)
+                grads, slopes = grads + (grad,), slopes + (slope,)  # noqa: RUF005
+            for k in tl.static_range(U):
+                C_now = Cs[k][None, :] if C_ROWS else C_tile
+                B_now = Bs[k][None, :] if B_ROWS else B_tile
+                left, h, by_A, dA, term = _sweep_forward(
+                    h, by_A, dA, wides[k], dts[k], grads[k], B_now, C_now, A2, ZOH
+                )
+                at = m * U + k
+                _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
+                if C_ROWS:
+                    _store_sums(
+                        dC + at * (ON * MATRIX_TIME),
+                        grads[k][:, None] * h,
+                        states,
+                        n,
+                        stride,
+                        WARPS,
+                        MMA,
+                        OPERAND,
+                        EVEN,
+                    )
+                else:
+                    dC_tile += grads[k][:, None] * h
+                if HAS_Z:
+                    out = tl.sum(C_now * h, 1)
+                    out = (out + skip * wides[k] if HAS_D else out) * slopes[k]
+                    store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
+                dD += grads[k] * wides[k]
+            us, deltas, zs, dys, Bs, Cs = next_us, next_deltas, next_zs, next_dys, next_Bs, next_Cs
+    for at in range(full * U, steps):
+        u_now = load_row(u + at * (ON * U_TIME), exists, EVEN).to(tl.float32)
+        row_now = load_row(delta + at * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
+        dt = step_size(row_now, bias, SOFTPLUS)
+        z_now = load_rows(z + at * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
+        grad, slope = _split_gate(load_row(dy + at * (ON * DY_TIME), exists, EVEN), z_now, HAS_Z)
+        B_row = load_matrix(B + at * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
+        C_row = load_matrix(C + at * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
+        C_now = C_row[None, :] if C_ROWS else C_tile
+        left, h, by_A, dA, term = _sweep_forward(
+            h, by_A, dA, u_now, dt, grad, B_row[None, :] if B_ROWS else B_tile, C_now, A2, ZOH
+        )
+        _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
+        if C_ROWS:
+            _store_sums(
+                dC + at * (ON * MATRIX_TIME), grad[:, None] * h, states, n, stride, WARPS, MMA, OPERAND, EVEN
+            )
+        else:
+            dC_tile += grad[:, None] * h
+        if HAS_Z:
+            out = tl.sum(C_now * h, 1)
+            out = (out + skip * u_now if HAS_D else out) * slope
+            store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
+        dD += grad * u_now
+    G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
+    sums = sums_ptr + i.to(tl.int64) * (n + 2) * d
+    store_tile(sums, dA + G * by_A, channels, states, exists, d, n, EVEN)
+    store_row(sums + n * d + channels, dD, exists, EVEN)
+    # what the gradient of the state that leaves the chunk adds to sum_n A g_n of its last step
+    store_row(flows_ptr + i.to(tl.int64) * d + channels, tl.sum(A2 * G * left, 1) * LN2, exists, EVEN)
+    if not C_ROWS:
+        store_tile(dC_ptr + tile, dC_tile, channels, states, exists, d, n, EVEN)
+
+
+@triton.jit
+def _split_gate(dy, z, HAS_Z: tl.constexpr):
+    """The gradient of what the gate multiplies, and the factor that makes dz of it."""
+    dy = dy.to(tl.float32)
+    if HAS_Z:
+        gate = z.to(tl.float32)
+        slope = sigmoid(gate)
+        opened = gate * slope
+        return dy * opened, dy * (slope + opened * (1.0 - slope))
+    else:  # noqa: RET505
+        return dy, dy
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def backward_sweep_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, grads_ptr,
+    terms_ptr, rest_ptr, flows_ptr, du_ptr, d_delta_ptr, sums_ptr, dB_ptr, table_ptr,
+    rows, l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch, dy_batch,
+    U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr, DY_TIME: tl.constexpr,
+    MATRIX_TIME: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+    SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Sweep a chunk backward from the gradient of the state it leaves: du, d delta, the parts of dB and d bias."""
+    columns = (d // size) * blocks
+    i, j = tl.program_id(0) // columns, tl.program_id(0) % columns
+    group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
+    states = tl.arange(0, N)
+    batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
+    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
+    skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
+    raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
+    B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
+    C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
+    ON: tl.constexpr = 1 if REVERSE else -1
+    last = first - ON * (steps - 1)
+    row = batch * l + last
+    u = u_ptr + batch * u_batch + last * U_TIME + channels
+    delta = delta_ptr + batch * delta_batch + last * DELTA_TIME + channels
+    z = z_ptr + batch * z_batch + last * Z_TIME + channels
+    dy = dy_ptr + batch * dy_batch + last * DY_TIME + channels
+    B = B_ptr + row * MATRIX_TIME + group * n
+    C = C_ptr + row * MATRIX_TIME + group * n
+    stride = rows.to(tl.int64) * MATRIX_TIME
+    dB = dB_ptr + (j % blocks) * WARPS * stride + row * MATRIX_TIME + group * n
+    du = du_ptr + row * Y_TIME + channels
+    d_delta = d_delta_ptr + row * Y_TIME + channels
+    terms = terms_ptr + row * Y_TIME + channels
+    rest = rest_ptr + row * Y_TIME + channels
+
+    tile = i.to(tl.int64) * n * d
+    G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
+    flow = load_row(flows_ptr + i.to(tl.int64) * d + channels, exists, EVEN)
+    dB_tile = 0.0 if B_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
+    d_bias = tl.zeros((BLOCK_D,), tl.float32)
+    full = steps // U
+    if full > 0:
+        us = load_rows(u, ON * U_TIME, exists, U, True, EVEN)
+        deltas = load_rows(delta, ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN)
+        zs = load_rows(z, ON * Z_TIME, exists, U, HAS_Z, EVEN)
+        dys = load_rows(dy, ON * DY_TIME, exists, U, True, EVEN)
+        highs = load_rows(terms, ON * Y_TIME, exists, U, True, EVEN)
+        lows = load_rows(rest, ON * Y_TIME, exists, U, SPLIT, EVEN)
+        Bs = load_matrix(B, ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
+        Cs = load_matrix(C, ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
+        for m in range(full):
+            t = tl.minimum(m + 1, full - 1) * U
+            next_us = load_rows(u + t * (ON * U_TIME), ON * U_TIME, exists, U, True, EVEN)
+            next_deltas = load_rows(
+                delta + t * (ON * DELTA_TIME), ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN
+            )
+            next_zs = load_rows(z + t * (ON * Z_TIME), ON * Z_TIME, exists, U, HAS_Z, EVEN)
+            next_dys = load_rows(dy + t * (ON * DY_TIME), ON * DY_TIME, exists, U, True, EVEN)
+            next_highs = load_rows(terms + t * (ON * Y_TIME), ON * Y_TIME, exists, U, True, EVEN)
+            next_lows = load_rows(rest + t * (ON * Y_TIME), ON * Y_TIME, exists, U, SPLIT, EVEN)
+            next_Bs = load_matrix(B + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
+            next_Cs = load_matrix(C + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
+            wides, dts, grads, slopes = (), (), (), ()
+            for k in tl.static_range(U):
+                raw_now = (deltas[k] if DELTA_ROWS else raw).to(tl.float32) + bias
+                wides = wides + (us[k].to(tl.float32),)  # noqa: RUF005
+                dts = dts + ((softplus(raw_now) if SOFTPLUS else raw_now),)  # noqa: RUF005
+                slopes = slopes + ((sigmoid(raw_now) if SOFTPLUS else 1.0),)  # noqa: RUF005
+                grads = grads + (_split_gate(dys[k], zs[k], HAS_Z)[0],)  # noqa: RUF005
+            for k in tl.static_range(U):
+                B_now = Bs[k][None, :] if B_ROWS else B_tile
+                C_now = Cs[k][None, :] if C_ROWS else C_tile
+                decay, G, summed, held, through, by_gain = _sweep_backward(
+                    G, wides[k], dts[k], grads[k], B_now, C_now, A2, ZOH
+                )
+                # what follows the last step is in the flow that it begins with
+                flow += _join(highs[k], lows[k], SPLIT) - tl.where(m + k > 0, through, 0.0)
+                d_raw = (flow + by_gain) * slopes[k]
+                d_bias += d_raw
+                at = m * U + k
+                store_row(du + at * (ON * Y_TIME), held + (skip * grads[k] if HAS_D else 0.0), exists, EVEN)
+                if DELTA_ROWS:
+                    store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
+                if B_ROWS:
+                    _store_sums(
+                        dB + at * (ON * MATRIX_TIME), summed, states, n, stride, WARPS, MMA, OPERAND, EVEN
+                    )
+                else:
+                    dB_tile += summed
+                G = decay * G
+            us, deltas, zs, dys, Bs, Cs = next_us, next_deltas, next_zs, next_dys, next_Bs, next_Cs
+            highs, lows = next_highs, next_lows
+    for at in range(full * U, steps):
+        row_now = load_row(delta + at * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
+        raw_now = row_now.to(tl.float32) + bias
+        u_now = load_row(u + at * (ON * U_TIME), exists, EVEN).to(tl.float32)
+        z_now = load_rows(z + at * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
+        grad, _ = _split_gate(load_row(dy + at * (ON * DY_TIME), exists, EVEN), z_now, HAS_Z)
+        B_row = load_matrix(B + at * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
+        C_row = load_matrix(C + at * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
+        high = load_row(terms + at * (ON * Y_TIME), exists, EVEN)
+        low = load_rows(rest + at * (ON * Y_TIME), 0, exists, 1, SPLIT, EVEN)[0]
+        dt = softplus(raw_now) if SOFTPLUS else raw_now
+        decay, G, summed, held, through, by_gain = _sweep_backward(
+            G, u_now, dt, grad, B_row[None, :] if B_ROWS else B_tile,
+            C_row[None, :] if C_ROWS else C_tile, A2, ZOH,
+        )  # fmt: skip
+        flow += _join(high, low, SPLIT) - tl.where(at > 0, through, 0.0)
+        d_raw = flow + by_gain
+        if SOFTPLUS:
+            d_raw *= sigmoid(raw_now)
+        d_bias += d_raw
+        store_row(du + at * (ON * Y_TIME), held + (skip * grad if HAS_D else 0.0), exists, EVEN)
+        if DELTA_ROWS:
+            store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
+        if B_ROWS:
+            _store_sums(dB + at * (ON * MATRIX_TIME), summed, states, n, stride, WARPS, MMA, OPERAND, EVEN)
+        else:
+            dB_tile += summed
+        G = decay * G
+    sums = sums_ptr + i.to(tl.int64) * (n + 2) * d
+    store_row(sums + (n + 1) * d + channels, d_bias, exists, EVEN)
+    if not B_ROWS:
+        store_tile(dB_ptr + tile, dB_tile, channels, states, exists, d, n, EVEN)
+
+
+@triton.jit
+def _sweep_backward(G, u, dt, grad, B, C, A2, ZOH: tl.constexpr):
+    """One step backward: its decay, the gradient of its state, and what it gives B u and delta."""
+    later = B * G
+    G += grad[:, None] * C
+    if ZOH:
+        decay, gain = hold(dt, A2, ZOH)
+        later *= gain
+        held = tl.sum(gain * B * G, 1)
+        through = tl.sum(A2 * later, 1) * u * LN2
+        by_gain = u * tl.sum(decay * B * G, 1)
+        summed = gain * G * u[:, None]
+    else:
+        both = tl.sum(B * G, 1)
+        held = dt * both
+        through = tl.sum(A2 * later, 1) * (dt * u * LN2)
+        by_gain = u * both
+        summed = G * (dt * u)[:, None]
+        decay, gain = hold(dt, A2, ZOH)
+    return decay, G, summed, held, through, by_gain

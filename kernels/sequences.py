@@ -1,0 +1,71 @@
+"""How sequences lie in memory: (b, l, d) with channels side by side, or packed one after the other in one row."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def boundaries(cu_seqlens: Tensor, l: int) -> list[int]:
+    """Where packed sequences begin and end, (s + 1,), as numbers; on a GPU this waits for what is under way.
+
+    Raises:
+        ValueError: when they do not rise from 0 to l.
+    """
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != l or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to l = {l}, not {bounds if len(bounds) < 20 else bounds[:20]}"
+        )
+    return bounds
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """(..., d) with neighbouring channels side by side, in place where they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_boundaries(cu_seqlens: Tensor, l: int) -> None:
+    """Refuse what `boundaries` refuses: each tensor is read once, however many layers it goes through.
+
+    While a graph is compiled or captured there are no values to read. What inference mode made does not count its
+    changes, and is read every time.
+    """
+    if _without_values(cu_seqlens):
+        return
+    seen = _seen(cu_seqlens, l)
+    if seen is None or getattr(cu_seqlens, "_boundaries_seen", None) != seen:
+        boundaries(cu_seqlens, l)
+        _mark_seen(cu_seqlens, l)
+
+
+def mirrored(cu_seqlens: Tensor, l: int) -> Tensor:
+    """The boundaries of the same sequences in the row (b, l, ...) read from its end, its flip along l."""
+    check_boundaries(cu_seqlens, l)
+    mirror = l - cu_seqlens.flip(0)
+    # what is right stays right, and is not looked at again
+    _mark_seen(mirror, l)
+    return mirror
+
+
+def joined(first: Tensor, second: Tensor, l: int) -> Tensor:
+    """The boundaries of a row of length l and of another, of the same length, put behind it."""
+    for bounds in (first, second):
+        check_boundaries(bounds, l)
+    both = torch.cat([first, l + second[1:]])
+    _mark_seen(both, 2 * l)
+    return both
+
+
+def _without_values(cu_seqlens: Tensor) -> bool:
+    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or cu_seqlens.is_meta or capturing
+
+
+def _mark_seen(cu_seqlens: Tensor, l: int) -> None:
+    if not _without_values(cu_seqlens):
+        cu_seqlens._boundaries_seen = _seen(cu_seqlens, l)  # type: ignore[attr-defined]
+
+
+def _seen(cu_seqlens: Tensor, l: int) -> tuple[int, int] | None:
+    return None if cu_seqlens.is_inference() else (cu_seqlens._version, l)

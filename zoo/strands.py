@@ -1,0 +1,73 @@
+"""The two strands of DNA: what is read from one is there, reversed and complemented, on the other.
+
+A model shares its parameters between the strands (Caduceus-PS, 2403.03234, sections 3.2 and 4) by reading both: vectors
+are (b, l, 2 d), half of them from the sequence, half from its complement, position by position. The reverse complement
+of such vectors is their reverse along l with the halves swapped; whatever maps one half as it maps the reverse of the
+other is equivariant to it. The halves meet in the head alone, so a backbone computes them side by side, as a batch.
+
+    x        A  A  C  G          half 1  E(A) E(A) E(C) E(G)    read ->
+             T  T  G  C          half 2  E(T) E(T) E(G) E(C)    read <-
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.sequences import joined, mirrored
+
+
+def complement_table(complement: list[int] | None, vocab_size: int) -> Tensor:
+    """The complement of every token as a tensor (vocab_size,), to index with.
+
+    Raises:
+        ValueError: when there is none, or it does not lead back when taken twice.
+    """
+    if complement is None:
+        raise ValueError(
+            "model.complement: give the complement of every token; the data module of DNA knows it"
+        )
+    tokens = range(vocab_size)
+    if len(complement) != vocab_size or any(
+        other not in tokens or complement[other] != token for token, other in enumerate(complement)
+    ):
+        raise ValueError(
+            f"model.complement: must list the complement of each of {vocab_size} tokens, itself where it has none, so "
+            f"that the complement of a complement is the token, not {complement}"
+        )
+    return torch.tensor(complement)
+
+
+def split_strands(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both strands of x (b, l, 2 d), each in the direction it is read in: (2 b, l, d), or (1, 2 l, d) if packed."""
+    strand, other = x.chunk(2, dim=-1)
+    other = other.flip(1)
+    if cu_seqlens is None:
+        return torch.cat([strand, other]), None
+    l = x.shape[1]
+    return torch.cat([strand, other], dim=1), joined(cu_seqlens, mirrored(cu_seqlens, l), l)
+
+
+def join_strands(y: Tensor, *, packed: bool) -> Tensor:
+    """The inverse of `split_strands`, (b, l, 2 d)."""
+    strand, other = y.chunk(2, dim=1 if packed else 0)
+    return torch.cat([strand, other.flip(1)], dim=-1)
+
+
+def reverse(x: Tensor, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Reverse every sequence of x (b, l, ...) where it lies: rows, the first lengths (b,) of them, or packed ones."""
+    if lengths is None and cu_seqlens is None:
+        return x.flip(1)
+    t = torch.arange(x.shape[1], device=x.device)
+    if lengths is not None:
+        order = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
+        return x[torch.arange(len(x), device=x.device)[:, None], order]
+    assert cu_seqlens is not None
+    bounds = cu_seqlens.long()
+    sequence = torch.searchsorted(bounds, t, right=True) - 1
+    return x[:, bounds[sequence] + bounds[sequence + 1] - 1 - t]
+
+
+def reverse_complement(
+    tokens: Tensor, complement: Tensor, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The other strand of every sequence of tokens (b, l), where it lies; what is behind `lengths` stays."""
+    return complement[reverse(tokens, lengths=lengths, cu_seqlens=cu_seqlens)]
