@@ -1,25 +1,21 @@
 """A corpus as token ids on disk: built once, memory-mapped ever after, shared by all who ask for it.
 
-A corpus lives in a folder named by a digest of its text and its tokenizer. It is written under another name,
-flushed to the disk and renamed, so that whoever finds the folder finds it whole; processes that build it at
-once do the same work twice and keep one. Reading takes memory for no more than what is read.
+A corpus lives in a folder of datamodules/cache.py named by a digest of its text and its tokenizer. Reading takes
+memory for no more than what is read.
 """
 
 import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .cache import TokenFile, build_folder, cache_root, remember, write_whole
 from .documents import Source
 from .vocab import Bytes, Vocabulary, read_tokenizer, train_bpe, vocabulary_from_dict
 
@@ -30,33 +26,6 @@ _FEW = 20
 _COUNTED = 1000
 # a change of the format on disk changes every key
 _FORMAT = "1"
-
-
-def cache_root() -> Path:
-    """Where corpora are kept: MAMBAZOO_CACHE, or mambazoo in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MAMBAZOO_CACHE") or Path(home) / "mambazoo")
-
-
-class TokenFile:
-    """A flat array on disk, mapped when it is first read; it travels to workers as its path."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.path, self.dtype = path, np.dtype(dtype)
-        self.length = path.stat().st_size // self.dtype.itemsize
-        self._array: NDArray[Any] | None = None
-
-    def __len__(self) -> int:
-        return self.length
-
-    @property
-    def array(self) -> NDArray[Any]:
-        if self._array is None:
-            self._array = np.memmap(self.path, self.dtype, "r") if self.length else np.empty(0, self.dtype)
-        return self._array
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}
 
 
 @dataclass
@@ -89,25 +58,7 @@ class CorpusRecipe:
     def build(self) -> None:
         """Build the corpus in the cache unless it is there."""
         digest = self._content_digest()
-        target = self._folder(digest)
-        if target.exists():
-            return
-        root = target.parent
-        root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-        try:
-            self._write(building, digest)
-            building.chmod(0o755)
-            os.rename(building, target)
-        except OSError as error:
-            # another process was first, and what it built is the same
-            if not target.exists():
-                raise OSError(
-                    error.errno, f"the corpus cannot be written to {root}: {error.strerror}"
-                ) from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        build_folder(self._folder(digest), lambda folder: self._write(folder, digest))
 
     def open(self) -> Corpus:
         """Map the corpus that `build` left in the cache."""
@@ -136,16 +87,12 @@ class CorpusRecipe:
         stamp = hashlib.sha256(
             json.dumps([spec, [source.stamp() for source in sources]]).encode()
         ).hexdigest()
-        note = cache_root() / "digests" / stamp[:32]
-        try:
-            return note.read_text()
-        except FileNotFoundError:
-            pass
+        return remember(stamp, lambda: self._read_digest(spec))
+
+    def _read_digest(self, spec: list[Any]) -> str:
         total = hashlib.sha256(json.dumps(spec).encode())
-        for source in sources:
+        for source in self.sources + self.valid_sources:
             total.update(source.name.encode() + b"\0" + source.digest())
-        note.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(note, total.hexdigest().encode())
         return total.hexdigest()
 
     def _tokenizer_path(self) -> Path | None:
@@ -176,7 +123,7 @@ class CorpusRecipe:
             os.fsync(file.fileno())
             file.close()
         meta = {"digest": digest, "dtype": dtype.name, "vocabulary": vocabulary.to_dict(), "splits": counts}
-        _write_whole(folder / "meta.json", json.dumps(meta).encode())
+        write_whole(folder / "meta.json", json.dumps(meta).encode())
 
     def _vocabulary(self) -> Vocabulary:
         if self.tokenizer == "bytes":
@@ -237,20 +184,3 @@ def _cut(blocks: Iterator[bytes], cut: int, *, before: bool) -> Iterator[bytes]:
         if part:
             yield part
         cut -= len(block)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name, path)
-
-
-def _sweep(root: Path) -> None:
-    """Remove what a build that was killed left behind more than a day ago."""
-    for left in root.glob(".building-*"):
-        if time.time() - left.stat().st_mtime > 86400:
-            shutil.rmtree(left, ignore_errors=True)

@@ -59,6 +59,27 @@ class EndlessBatches:
             start += self.world * self.batch_size
 
 
+class GrowingBatches:
+    """Endless batches of windows whose length doubles when given numbers of tokens have been read by all ranks.
+
+    The position counts samples of the full length at every stage: where windows are 2^k times shorter, a sample is
+    2^k of them, so that a batch always has as many tokens. An item is (k, the window's number in its own order).
+    """
+
+    def __init__(self, batches: EndlessBatches, length: int, doublings: list[int]) -> None:
+        self.batches, self.length, self.doublings = batches, length, doublings
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        offset = self.batches.rank * self.batches.batch_size
+        for batch in self.batches:
+            read = (batch[0] - offset) * self.length
+            halved = sum(read < tokens for tokens in self.doublings)
+            yield [(halved, (number << halved) + i) for number in batch for i in range(1 << halved)]
+
+
 class OrderedBatches:
     """The batches of held-out sample numbers that one rank reads: every world-th sample, from first to last."""
 

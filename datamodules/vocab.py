@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .alphabet import Nucleotides
+
 EOS = "<|eos|>"
 
 
@@ -197,7 +199,11 @@ def vocabulary_from_dict(values: dict[str, Any]) -> Vocabulary:
         return Bytes()
     if values.get("kind") == "subwords":
         return Subwords(values["json"])
-    raise ValueError(f"no vocabulary is called {values.get('kind')!r}; this version knows bytes and subwords")
+    if values.get("kind") == "nucleotides":
+        return Nucleotides()
+    raise ValueError(
+        f"no vocabulary is called {values.get('kind')!r}; this version knows bytes, subwords and nucleotides"
+    )
 
 
 def read_tokenizer(path: Path) -> Subwords:

@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> int:
     from ..checkpoints.io import load
     from ..datamodules.vocab import vocabulary_from_dict
     from ..zoo.generate import Sampling, generate
-    from ..zoo.language import LanguageModel
+    from ..zoo.tokens import TokenModel
 
     sampling = Sampling(
         temperature=arguments.temperature,
@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> int:
         raise ValueError("--max-new-tokens and --number must be 1 or more")
     texts = [_read(prompt) for prompt in arguments.prompt or [""]]
     model, vocabulary = load(arguments.checkpoint)
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, TokenModel):
         raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which writes no text")
     if vocabulary is None:
         raise ValueError(f"{arguments.checkpoint} has no vocabulary: was it trained on data that names one?")

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from mambazoo.datamodules.order import EndlessBatches, OrderedBatches, permute
+from mambazoo.datamodules.order import EndlessBatches, GrowingBatches, OrderedBatches, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 100, 1000])
@@ -47,3 +47,26 @@ def test_held_out_samples_are_read_once() -> None:
     batches = [list(OrderedBatches(10, 2, rank, 3)) for rank in range(3)]
     assert sorted(i for rank in batches for batch in rank for i in batch) == list(range(10))
     assert [len(OrderedBatches(10, 2, rank, 3)) for rank in range(3)] == [len(rank) for rank in batches]
+
+
+def grow(position: int, batch_size: int, rank: int, world: int, count: int) -> list[list[tuple[int, int]]]:
+    iterator = iter(GrowingBatches(EndlessBatches(position, batch_size, rank, world), 100, [400, 1000]))
+    return [next(iterator) for _ in range(count)]
+
+
+def test_windows_grow_and_batches_shrink() -> None:
+    batches = grow(0, 2, 0, 1, 7)
+    # 200 tokens a batch: 8 quarters twice, 4 halves three times, then whole windows
+    assert [{halved for halved, _ in batch} for batch in batches] == [{2}] * 2 + [{1}] * 3 + [{0}] * 2
+    assert [len(batch) for batch in batches] == [8, 8, 4, 4, 4, 2, 2]
+    # in each order windows are numbered as if it had been read from the start
+    assert [number for batch in batches[:2] for _, number in batch] == list(range(16))
+    assert [number for batch in batches[2:5] for _, number in batch] == list(range(8, 20))
+    assert [number for batch in batches[5:] for _, number in batch] == [10, 11, 12, 13]
+
+
+def test_growing_batches_go_on_from_any_position_on_any_ranks() -> None:
+    whole = grow(0, 4, 0, 1, 5)
+    assert grow(8, 4, 0, 1, 3) == whole[2:]
+    ranks = [grow(8, 2, rank, 2, 3) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole[2:]]

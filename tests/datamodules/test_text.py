@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from mambazoo.datamodules import documents
-from mambazoo.datamodules.corpus import Corpus, CorpusRecipe, cache_root
+from mambazoo.datamodules.cache import cache_root
+from mambazoo.datamodules.corpus import Corpus, CorpusRecipe
 from mambazoo.datamodules.documents import find_sources
 from mambazoo.datamodules.packing import Windows
 from mambazoo.datamodules.text import TextDataModule

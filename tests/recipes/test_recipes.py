@@ -39,13 +39,19 @@ def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: py
     return run
 
 
-def tiny(name: str, folder: Path, texts: Path) -> Path:
+def tiny(name: str, folder: Path, data: dict[str, Path]) -> Path:
     """A recipe that extends a packaged one and makes it small."""
     values = yaml.safe_load(TINY.read_text())
-    values["data"]["paths"] = str(texts)
+    values["data"]["paths"] = str(data[name.split("/")[0]])
     path = folder / f"{name.replace('/', '-')}.yaml"
     path.write_text(yaml.safe_dump({"extends": name, **values}))
     return path
+
+
+@pytest.fixture
+def small(texts: Path, genome: Path) -> dict[str, Path]:
+    """Something small of every domain to train on."""
+    return {"language": texts, "genomics": genome}
 
 
 def test_recipes_and_fragments_are_found() -> None:
@@ -69,9 +75,11 @@ def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: object) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.filterwarnings("ignore")
-def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path: Path, texts: Path) -> None:
+def test_every_recipe_runs_one_batch(
+    recipe: object, mambazoo: Command, tmp_path: Path, small: dict[str, Path]
+) -> None:
     name: str = recipe.name  # type: ignore[attr-defined]
-    result = mambazoo("fit", str(tiny(name, tmp_path, texts)))
+    result = mambazoo("fit", str(tiny(name, tmp_path, small)))
     assert result.code == 0, result.err
     run = tmp_path / "runs" / name.replace("/", "-") / "1"
     summary = json.loads((run / "summary.json").read_text())
@@ -90,9 +98,9 @@ def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
 
 
-def test_every_recipe_passes_its_own_check(mambazoo: Command, texts: Path) -> None:
+def test_every_recipe_passes_its_own_check(mambazoo: Command, small: dict[str, Path]) -> None:
     for recipe in RECIPES:
-        result = mambazoo("check", recipe.name, f"data.paths={texts}")
+        result = mambazoo("check", recipe.name, f"data.paths={small[recipe.name.split('/')[0]]}")
         assert result.code == 0, result.err
         assert "back end" in result.out
 
@@ -257,3 +265,16 @@ def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "compose", broken)
     with pytest.raises(json.JSONDecodeError):
         main(["show", "language/demo"])
+
+
+def test_bench_refuses_to_time_a_scan_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambazoo.kernels import scan_torch
+    from mambazoo.recipes import bench
+
+    bench._verify("cpu")
+    right = scan_torch.scan_bwd
+    monkeypatch.setattr(
+        scan_torch, "scan_bwd", lambda *a: tuple(g if g is None else g * 1.01 for g in right(*a))
+    )
+    with pytest.raises(ValueError, match=r"u differs from the reference by 1\.0e-02; nothing is timed"):
+        bench._verify("cpu")

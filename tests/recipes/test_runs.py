@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,26 @@ def test_a_signal_stops_after_a_step_with_a_checkpoint(
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] >= 9
     finish(start(tmp_path, "resume", "runs/small"))
     assert_same(run, whole)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler for torch.compile")
+def test_a_compiled_run_goes_on_exactly(recipe: Path, tmp_path: Path) -> None:
+    # small and of one shape, since every process compiles
+    options = (
+        "callbacks.compile.mode=default",
+        "data.packing=false",
+        "model.backbone.n_layers=1",
+        "trainer.max_steps=12",
+    )
+    finish(start(tmp_path, "fit", str(recipe), *options))
+    process = start(tmp_path, "fit", str(recipe), *options)
+    run = tmp_path / "runs" / "small" / "2"
+    wait_for_step(run, 6, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finish(start(tmp_path, "resume", str(run)))
+    assert_same(run, tmp_path / "runs" / "small" / "1")
+    assert "backbone.layers.0.norm.weight" in weights(run)
 
 
 def test_a_run_leaves_what_it_says(whole: Path, recipe: Path) -> None:

@@ -1,0 +1,350 @@
+"""Labelled stretches of DNA for classifiers: tables of sequences, or BED files of intervals of a genome."""
+
+import csv
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .alphabet import COMPLEMENT, FOREIGN, PAD, SIZE, Nucleotides, reverse_complement, stored, tokens_of
+from .base import DataModule
+from .genome import Genome, find_genomes
+from .genomics import pad
+from .intervals import BedLine, locate, read_bed, read_lines
+from .order import mix
+from .splits import BED, Selection
+
+log = logging.getLogger(__name__)
+
+TABLES = (".csv", ".tsv", ".txt")
+
+
+class Example(NamedTuple):
+    """Where the stored bytes of a labelled sequence are (which array, from, to, on which strand), and what it is."""
+
+    source: int
+    start: int
+    end: int
+    reverse: bool
+    record: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a table in memory: all sequences as stored bytes, where each starts (rows + 1,), and their labels."""
+
+    sequence: NDArray[np.uint8]
+    starts: list[int]
+    labels: list[str]
+    # empty where the table names none
+    records: list[str]
+
+
+def read_table(path: Path, label: str = "label") -> Table:
+    """A table (CSV, or TSV if its first line has a tab; plain or .gz) with the columns "sequence" and `label`.
+
+    A column "chrom" says which record a sequence is from.
+
+    Raises:
+        ValueError: with file and line, for a missing column, a row of another width, an empty label or sequence, and
+            letters that are no DNA.
+    """
+    lines = read_lines(path)
+    number, text = next(lines, (1, ""))
+    tabs = "\t" in text
+    header = _cells(path, number, text, tabs)
+    for column in ("sequence", label):
+        if column not in header:
+            raise ValueError(
+                f"{path}, line {number}: there is no column {column!r} among {', '.join(header)}"
+            )
+    at, of = header.index("sequence"), header.index(label)
+    chrom = header.index("chrom") if "chrom" in header else None
+    pieces, starts, labels, records = [], [0], [], []
+    for number, text in lines:
+        cells = _cells(path, number, text, tabs)
+        if len(cells) != len(header):
+            raise ValueError(f"{path}, line {number}: has {len(cells)} columns, and the header {len(header)}")
+        if not cells[of].strip():
+            raise ValueError(f"{path}, line {number}: the label is empty")
+        letters = cells[at].encode("utf-8")
+        piece = stored(letters)
+        if FOREIGN in piece or not piece:
+            letter = next((letter for letter in cells[at] if FOREIGN in stored(letter.encode())), "")
+            problem = f"{letter!r} is no letter of DNA" if letter else "the sequence is empty"
+            raise ValueError(f"{path}, line {number}: {problem}")
+        pieces.append(piece)
+        starts.append(starts[-1] + len(piece))
+        labels.append(cells[of].strip())
+        records.append("" if chrom is None else cells[chrom].strip())
+    if not labels:
+        raise ValueError(f"{path}: there is no row in it")
+    return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, labels, records)
+
+
+def _cells(path: Path, number: int, text: str, tabs: bool) -> list[str]:
+    if tabs:
+        return text.split("\t")
+    if '"' not in text:
+        return text.split(",")
+    try:
+        return next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number}: is no line of CSV ({error})") from None
+
+
+class LabelledSequences:
+    """Labelled sequences as samples, cut to `length` round their middle; see base.Samples."""
+
+    def __init__(
+        self,
+        sources: list[Any],
+        examples: list[Example],
+        classes: list[str],
+        length: int,
+        seed: int,
+        *,
+        flip: bool,
+    ) -> None:
+        self.sources, self.length, self.seed, self.flip = sources, length, seed, flip
+        numbers = {label: i for i, label in enumerate(classes)}
+        self.labels = np.array([numbers[example.label] for example in examples])
+        self.places = np.array([example[:4] for example in examples], dtype=np.int64).reshape(-1, 4)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int, pass_: int) -> dict[str, Any]:
+        """The stored bytes of a sequence (up to length,), and the number of its class."""
+        source, start, end, reverse = self.places[index].tolist()
+        start += max(0, end - start - self.length) // 2
+        sequence = _array(self.sources[source])[start : min(end, start + self.length)]
+        # every other sequence, by lot, is seen from the other side
+        if reverse ^ (self.flip and mix(self.seed, pass_, index) & 1):
+            sequence = reverse_complement(sequence)
+        return {"sequence": np.asarray(sequence), "label": int(self.labels[index])}
+
+
+class LabelledSequenceDataModule(DataModule):
+    """Labelled sequences, from tables or from BED files and a genome, for a classifier.
+
+    A batch has `inputs` (b, l), padded at the end, `labels` (b,) and `lengths` (b,). After `setup`, `counts` has for
+    each split the number of sequences of each of `classes`, and `majority` the share of the commonest: what a model
+    that has learnt nothing reaches.
+
+    Args:
+        paths: tables with a header (.csv, .tsv, .txt, plain or .gz; columns sequence and label, and chrom if there is
+            one), or .bed files whose fourth column is the label and whose sixth, if any, is the strand.
+        valid, test: what to hold out: files of the same kinds; names of chromosomes (column chrom, or the first of
+            BED); or a fraction, drawn by content, so that equal sequences and opposite strands are on one side.
+            Sequences that overlap can still be on both, so rather hold out chromosomes.
+        genome: for .bed, the FASTA or GenBank files that they speak of.
+        label: the column of tables that is the label.
+        length: bases a sequence; of longer ones the middle is read, and how many there are is logged.
+        reverse_complement: read every other training sequence, by lot, on the opposite strand.
+        batch_size, num_workers, seed: see DataModule.
+    """
+
+    PROVIDES = ("vocab_size", "complement", "num_classes")
+    vocab_size = SIZE
+    complement = COMPLEMENT
+
+    def __init__(
+        self,
+        paths: str | list[str],
+        valid: Selection = 0.1,
+        test: Selection | None = None,
+        genome: str | list[str] | None = None,
+        label: str = "label",
+        length: int = 1024,
+        batch_size: int = 32,
+        reverse_complement: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if length < 1:
+            raise ValueError(f"data.length: must be 1 or more, not {length}")
+        for key, given in (("valid", valid), ("test", test)):
+            if isinstance(given, float | int) and not 0 < given < 1:
+                raise ValueError(f"data.{key}: a fraction must be between 0 and 1, not {given}")
+        self.length, self.reverse_complement = length, reverse_complement
+        self.selections = {"val": valid} if test is None else {"val": valid, "test": test}
+        self.files: dict[str, list[Path]] = {"train": _find(paths, "data.paths")}
+        for split, given in self.selections.items():
+            if _are_files(given):
+                self.files[split] = _find(given, f"data.{_KEYS[split]}")  # type: ignore[arg-type]
+        self.content: dict[Path, Table | list[BedLine]] = {
+            path: read_bed(path) if path.name.endswith(BED) else read_table(path, label)
+            for path in (path for paths in self.files.values() for path in paths)
+        }
+        self.classes = self._classes()
+        self.num_classes = len(self.classes)
+        needed = any(isinstance(content, list) for content in self.content.values())
+        if needed and genome is None:
+            raise ValueError("data.genome: must be given, for a BED file has no sequence; give its FASTA")
+        self.genome_files = find_genomes([genome] if isinstance(genome, str) else genome or [])
+        self.counts: dict[str, list[int]] = {}
+        self.majority: dict[str, float] = {}
+
+    @property
+    def vocabulary(self) -> dict[str, Any] | None:
+        return Nucleotides().to_dict()
+
+    def describe(self) -> str:
+        count = sum(len(labels) for _, labels in self._labels())
+        return f"{count} sequences of {self.num_classes} classes, batches of {self.batch_size} x {self.length} bases"
+
+    def prepare_data(self) -> None:
+        for files in self.genome_files:
+            files.build()
+
+    def setup(self, stage: str) -> None:
+        if self.samples:
+            return
+        genomes = [files.open() for files in self.genome_files]
+        sources: list[Any] = [genome.sequence for genome in genomes]
+        found = {split: self._examples(split, genomes, sources) for split in self.files}
+        splits = self._split(found, sources)
+        for split, examples in splits.items():
+            if not examples:
+                raise ValueError(f"data.{_KEYS[split]}: there is not a sequence in it")
+            flip = self.reverse_complement and split == "train"
+            samples = LabelledSequences(sources, examples, self.classes, self.length, self.seed, flip=flip)
+            self.samples[split] = samples
+            counts = np.bincount(samples.labels, minlength=self.num_classes)
+            self.counts[split] = counts.tolist()
+            self.majority[split] = float(counts.max() / counts.sum())
+            longer = sum(example.end - example.start > self.length for example in examples)
+            log.info(
+                "%s: %d sequences (%s), majority %.4f; of %d longer than %d the middle is read",
+                split, len(examples),
+                ", ".join(f"{name} {count}" for name, count in zip(self.classes, counts, strict=True)),
+                self.majority[split], longer, self.length,
+            )  # fmt: skip
+        self._warn_of_leaks(splits, sources)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences = [tokens_of(row["sequence"]) for row in rows]
+        return {
+            "inputs": torch.from_numpy(pad(sequences, PAD)),
+            "labels": torch.tensor([row["label"] for row in rows]),
+            "lengths": torch.tensor([len(sequence) for sequence in sequences]),
+        }
+
+    def _labels(self) -> list[tuple[Path, list[str]]]:
+        found = []
+        for path, content in self.content.items():
+            if isinstance(content, Table):
+                found.append((path, content.labels))
+                continue
+            for line in content:
+                if not line.fields or not line.fields[0].strip():
+                    raise ValueError(f"{path}, line {line.number}: the fourth column, the label, is missing")
+            found.append((path, [line.fields[0].strip() for line in content]))
+        return found
+
+    def _classes(self) -> list[str]:
+        """The labels in order, numbers by their value."""
+        labels = {label for _, labels in self._labels() for label in labels}
+        if len(labels) < 2:
+            raise ValueError(
+                f"data.paths: all sequences have the label {labels.pop()!r}; a classifier needs two"
+            )
+        numbers = all(label.isascii() and label.isdigit() for label in labels)
+        return sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
+
+    def _examples(self, split: str, genomes: list[Genome], sources: list[Any]) -> list[Example]:
+        examples = []
+        for path in self.files[split]:
+            content = self.content[path]
+            if isinstance(content, Table):
+                rows = zip(content.starts, content.starts[1:], content.records, content.labels, strict=False)
+                examples += [Example(len(sources), a, b, False, *row) for a, b, *row in rows]
+                sources.append(content.sequence)
+                continue
+            for line, i in zip(content, locate(path, content, genomes), strict=True):
+                start, end = genomes[i].place(line.interval)
+                reverse, label = line.fields[2:3] == ["-"], line.fields[0].strip()
+                examples.append(Example(i, start, end, reverse, line.interval.record, label))
+        return examples
+
+    def _split(self, found: dict[str, list[Example]], sources: list[Any]) -> dict[str, list[Example]]:
+        """Take what is held out by name, then by lot, from the training examples."""
+        splits, rest = dict(found), found["train"]
+        for split, given in self.selections.items():
+            if isinstance(given, float | int) or split in splits:
+                continue
+            names = {given} if isinstance(given, str) else set(given)
+            missing = names - {example.record for example in rest}
+            if missing:
+                known = sorted({example.record for example in found["train"]} - {""})
+                raise ValueError(
+                    f"data.{_KEYS[split]}: no sequence is from {', '.join(sorted(missing))}; "
+                    + (f"there are {', '.join(known[:8])}" if known else "there is no column chrom")
+                )
+            splits[split] = [example for example in rest if example.record in names]
+            rest = [example for example in rest if example.record not in names]
+        fractions = {
+            split: given for split, given in self.selections.items() if isinstance(given, float | int)
+        }
+        if fractions:
+            lots = [_lot(_letters(example, sources)) for example in rest]
+            low = 0.0
+            for split, fraction in fractions.items():
+                splits[split] = [e for e, lot in zip(rest, lots, strict=True) if low <= lot < low + fraction]
+                low += fraction
+            rest = [example for example, lot in zip(rest, lots, strict=True) if lot >= low]
+        return {**splits, "train": rest}
+
+    def _warn_of_leaks(self, splits: dict[str, list[Example]], sources: list[Any]) -> None:
+        seen = {_lot(_letters(example, sources)) for example in splits["train"]}
+        for split in set(splits) - {"train"}:
+            twice = sum(_lot(_letters(example, sources)) in seen for example in splits[split])
+            if twice:
+                log.warning("%d sequences of %s are trained on too: hold out other ones", twice, _KEYS[split])
+
+
+_KEYS = {"train": "paths", "val": "valid", "test": "test"}
+
+
+def _array(source: Any) -> NDArray[np.uint8]:
+    return source if isinstance(source, np.ndarray) else source.array
+
+
+def _letters(example: Example, sources: list[Any]) -> NDArray[np.uint8]:
+    return _array(sources[example.source])[example.start : example.end]
+
+
+def _lot(sequence: NDArray[np.uint8]) -> float:
+    """A number from 0 to 1 that a sequence and its reverse complement draw by their content."""
+    strands = tokens_of(sequence).tobytes(), tokens_of(reverse_complement(sequence)).tobytes()
+    return int.from_bytes(hashlib.blake2b(min(strands), digest_size=8).digest(), "big") / 2**64
+
+
+def _are_files(given: Selection) -> bool:
+    names = [given] if isinstance(given, str) else given
+    return isinstance(names, list) and any(
+        name.removesuffix(".gz").endswith((*TABLES, ".bed")) for name in names
+    )
+
+
+def _find(given: str | list[str], key: str) -> list[Path]:
+    paths = [Path(path).expanduser() for path in ([given] if isinstance(given, str) else given)]
+    if not paths:
+        raise ValueError(f"{key}: names nothing; give a .csv, .tsv or .bed file")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{key}: there is no file {path}")
+        if not path.name.removesuffix(".gz").endswith((*TABLES, ".bed")):
+            raise ValueError(
+                f"{key}: {path} is not a kind of file that is read: {' '.join(TABLES)} .bed, plain or .gz"
+            )
+    return paths

@@ -1,0 +1,163 @@
+"""Telling whole sequences apart: a class for each, from a pooled backbone; beside the scores, what guessing reaches."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import (
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+
+from .backbone import Backbone
+from .config import BackboneConfig, nearest
+from .frontends import TokenEmbedding
+from .heads import POOLINGS, pool
+from .strands import complement_table, reverse_complement
+from .task import Batch, Task
+
+
+class SequenceClassifier(Task):
+    """A class for each of inputs (b, l), which labels (b,) name; lengths (b,) says where padding at the end begins.
+
+    Embedding and backbone carry the names they have in a GenomeModel or LanguageModel, so that a pretrained one fits.
+    Sequences never see their padding.
+
+    Args:
+        backbone: the fields of BackboneConfig, or {"size": "mamba-1.4m"} and what differs from it.
+        vocab_size, num_classes, complement: a recipe leaves these to the data module; complement is needed for a
+            backbone that reads both strands and for average_strands.
+        pooling: masked (the mean over a sequence's own positions), mean (over its padding too), or last.
+        class_weights: what a sequence of each class counts in the loss.
+        average_strands: when measuring and predicting, average the logits of a sequence and its reverse complement
+            (Caduceus-PH, 2403.03234).
+        optimizer: the fields of OptimizerConfig.
+    """
+
+    CONFIGS: ClassVar = {**Task.CONFIGS, "backbone": BackboneConfig}
+    complement: Tensor
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        backbone: dict[str, Any],
+        vocab_size: int,
+        num_classes: int,
+        complement: list[int] | None = None,
+        pooling: str = "masked",
+        class_weights: list[float] | None = None,
+        average_strands: bool = False,
+        optimizer: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(optimizer)
+        config = BackboneConfig.from_dict(backbone, "model.backbone")
+        if num_classes < 2:
+            raise ValueError(f"model.num_classes: must be 2 or more, not {num_classes}")
+        if pooling not in POOLINGS:
+            raise ValueError(
+                f"model.pooling: must be one of {', '.join(POOLINGS)}, not {pooling!r}{nearest(pooling, POOLINGS)}"
+            )
+        if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) <= 0):
+            raise ValueError(
+                f"model.class_weights: must be {num_classes} numbers above 0, one for each class, not {class_weights}"
+            )
+        self.save_hyperparameters(
+            {
+                "backbone": config.to_dict(),
+                "vocab_size": vocab_size,
+                "num_classes": num_classes,
+                "complement": complement,
+                "pooling": pooling,
+                "class_weights": class_weights,
+                "average_strands": average_strands,
+                "optimizer": self.optimizer_config.to_dict(),
+            },
+            logger=False,
+        )
+        self.pooling, self.average_strands = pooling, average_strands
+        both = config.reverse_complement or average_strands
+        table = complement_table(complement, vocab_size) if both else None
+        self.register_buffer("complement", table, persistent=False)
+        weights = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.embedding = TokenEmbedding(
+            vocab_size, config.d_model, table if config.reverse_complement else None
+        )
+        self.backbone = Backbone(config)
+        self.classifier = nn.Linear(config.d_model, num_classes)
+        self.loss = MeanMetric().set_dtype(torch.float64)
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.f1 = MulticlassF1Score(num_classes, average="macro")
+        self.mcc = MulticlassMatthewsCorrCoef(num_classes)
+        self.auroc = MulticlassAUROC(num_classes, average="macro")
+
+    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits (b, num_classes) of inputs (b, l), of which the first lengths (b,) count."""
+        # padding that is pooled is part of the sequence
+        lengths = None if self.pooling == "mean" else lengths
+        x, config = self.embedding(inputs), self.backbone.config
+        if lengths is None or config.causal:
+            y, _ = self.backbone(x)
+        else:
+            # what is read from its end must not start in the padding: that is a sequence of its own
+            y, _ = self.backbone(x.flatten(0, 1)[None], cu_seqlens=_bounds(lengths, inputs.shape[1]))
+            y = y.view(*inputs.shape[:2], -1)
+        return self.classifier(pool(y, self.pooling, lengths, strands=config.reverse_complement))
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (b, num_classes) as they are measured: averaged over strands where that is asked for."""
+        inputs, lengths = batch["inputs"], batch.get("lengths")
+        logits = self(inputs, lengths)
+        if not self.average_strands:
+            return logits
+        other = reverse_complement(inputs, self.complement, lengths=lengths)
+        return (logits + self(other, lengths)) / 2
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        return self._cross_entropy(self(batch["inputs"], batch.get("lengths")), batch["labels"])
+
+    def measure(self, batch: Batch, stage: str) -> None:
+        logits, labels = self.predict(batch), batch["labels"]
+        self.loss.update(self._cross_entropy(logits, labels), self.class_weights[labels].sum())
+        self.log(f"{stage}/loss", self.loss, on_epoch=True, prog_bar=True)
+        p = logits.float().softmax(-1)
+        for metric in (self.confusion, self.f1, self.mcc, self.auroc):
+            metric.update(p, labels)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[list[float]]:
+        """The probability of every class, for each sequence of a batch."""
+        return self.predict(batch).float().softmax(-1).tolist()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log accuracy, macro F1, MCC and AUROC, and the accuracy of always guessing the most frequent class."""
+        confusion = self.confusion.compute().double()
+        total, of_class = confusion.sum(), confusion.sum(1)
+        self.log(f"{stage}/accuracy", confusion.trace() / total, prog_bar=True)
+        self.log(f"{stage}/majority", of_class.max() / total)
+        self.log(f"{stage}/f1", self.f1.compute())
+        self.log(f"{stage}/mcc", self.mcc.compute())
+        # the area under a curve is not defined where a class does not occur
+        if bool((of_class > 0).all()):
+            self.log(f"{stage}/auroc", self.auroc.compute())
+        for metric in (self.confusion, self.f1, self.mcc, self.auroc):
+            metric.reset()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, weight=self.class_weights)
+
+
+def _bounds(lengths: Tensor, l: int) -> Tensor:
+    """The boundaries of sequences of a padded batch laid end to end, each followed by its padding (2 b + 1,)."""
+    starts = torch.arange(len(lengths), device=lengths.device) * l
+    bounds = torch.stack([starts, starts + lengths], dim=1).flatten()
+    return F.pad(bounds, (0, 1), value=len(lengths) * l).to(torch.int32)
