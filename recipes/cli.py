@@ -21,7 +21,7 @@ _TRAINING = {
     "test": "measure a run's best checkpoint on its test split",
     "predict": "write what a run's best checkpoint says of each held-out sequence",
 }
-_FLAGS = ("generate", "bench", "info")
+_FLAGS = ("generate", "score", "embed", "bench", "info")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
