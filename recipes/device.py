@@ -1,15 +1,17 @@
 """Where a trained model computes, and in what precision."""
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
     from ..zoo.task import Task
 
+Model = TypeVar("Model", bound="Task")
 
-def to_device(model: "Task", device: str | None) -> "Task":
+
+def to_device(model: Model, device: str | None) -> Model:
     """The model, ready to use, on the device of that name; without one on a GPU where there is one.
 
     Raises:
