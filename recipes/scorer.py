@@ -6,7 +6,7 @@ deleted. A model that sees both sides gives that of the changed base, hidden amo
 pseudo-likelihood), which single substitutions alone have. On both strands, it is the mean of the two.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..datamodules.alphabet import BASES, COMPLEMENT, EOS
 from ..datamodules.genome import Genome
 from ..datamodules.variants import Change, Pieces, Skip, Variant, Windows, changes_of
+from ..zoo.generate import fetch
 from ..zoo.genomics import GenomeModel
 from ..zoo.scoring import Packed, log_likelihoods, log_probabilities_at
 from .device import autocast
@@ -53,7 +54,7 @@ class Scorer:
         for batch in batches:
             found = [self.changes(variant) for variant in batch]
             changes = [one for ones in found for one in ones if isinstance(one, Change)]
-            started = batch, found, self.score(changes) if changes else None
+            started = batch, found, fetch(self.score(changes)) if changes else list
             if waiting is not None:
                 yield _outcomes(*waiting)
             waiting = started
@@ -62,16 +63,17 @@ class Scorer:
 
     def score(self, changes: list[Change]) -> Tensor:
         """The log-likelihoods in nats with the reference and with the alternative of each change, (changes, 2)."""
-        windows, device = Windows(self.genome, changes, (self.window - 1) // 2), self.model.device
+        windows = Windows(self.genome, changes, (self.window - 1) // 2)
+        alleles = torch.from_numpy(windows.alleles).to(self.model.device)
         try:
-            with autocast(device):
+            with autocast(self.model.device):
                 values = [self._of_alleles(windows, reverse) for reverse in self.strands]
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"{len(changes)} alleles at a time do not fit the memory of the GPU: give a smaller --batch-size, and "
                 "the same command goes on where it stopped"
             ) from None
-        return torch.stack(values).mean(0)[torch.from_numpy(windows.alleles).to(device)]
+        return torch.stack(values).mean(0)[alleles]
 
     def _of_alleles(self, windows: Windows, reverse: bool) -> Tensor:
         """The log-likelihood of every allele of the windows, on one strand."""
@@ -89,8 +91,10 @@ def _packed(pieces: Pieces) -> Packed:
     return Packed(torch.from_numpy(pieces.tokens), torch.from_numpy(pieces.lengths))
 
 
-def _outcomes(batch: list[Variant], found: list[list[Change | Skip]], scores: Tensor | None) -> Scored:
-    pairs = iter([] if scores is None else scores.tolist())
+def _outcomes(
+    batch: list[Variant], found: list[list[Change | Skip]], scores: Callable[[], list[list[float]]]
+) -> Scored:
+    pairs = iter(scores())
     return [
         (variant, [one if isinstance(one, Skip) else next(pairs) for one in ones])
         for variant, ones in zip(batch, found, strict=True)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -15,11 +16,6 @@ class Packed(NamedTuple):
 
     tokens: Tensor
     lengths: Tensor
-
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The tokens (t,) as integers of 64 bits, and the boundaries (s + 1,), on a device."""
-        bounds = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return self.tokens.to(device).long(), bounds.to(device)
 
 
 @torch.no_grad()
@@ -36,35 +32,49 @@ def log_likelihoods(
         scored: tokens from this one on are seen but not predicted, and count for nothing.
     """
     first = torch.full_like(prefixes.lengths, start)
-    before, state = _read(model, prefixes, first, model.init_state(len(first)), scored)
-    numbers = prefix.to(model.device)
-    state = tree_map(lambda rows: rows.index_select(0, numbers), state)
     # a prefix of no token ends with what it begins with
     ends = (prefixes.lengths.cumsum(0) - 1).masked_fill(prefixes.lengths == 0, -1)
     last = torch.cat([prefixes.tokens.long(), first[:1]])[ends]
+    [numbers] = _moved(model.device, prefix)
+    before, state = _read(model, prefixes, first, model.init_state(len(first)), scored)
+    state = tree_map(lambda rows: rows.index_select(0, numbers), state)
     behind, _ = _read(model, suffixes, last[prefix], state, scored)
     return before[numbers] + behind
 
 
-def _read(model: TokenModel, sequences: Packed, first: Tensor, state: Any, scored: int) -> tuple[Tensor, Any]:
-    """The log-likelihood of each sequence, before which the model sees its `first` token, and the states after them."""
-    tokens, bounds = sequences.to(model.device)
-    # what is seen is a token behind what is predicted
-    begins = (sequences.lengths.cumsum(0) - sequences.lengths)[sequences.lengths > 0].to(model.device)
-    seen = tokens.roll(1).index_copy(0, begins, first[sequences.lengths > 0].to(model.device))
-    y, state = model.backbone(model.embedding(seen[None]), state=state, cu_seqlens=bounds)
-    targets = tokens.masked_fill(tokens >= scored, IGNORE)
-    # differences of sums over a thousand bases are small: the read-out is exact whatever the backbone's dtype
-    with torch.autocast(model.device.type, enabled=False):
-        _, losses = model.head.loss(y[0].float(), targets)
-    lengths = sequences.lengths.to(model.device)
-    return -torch.segment_reduce(losses.double(), "sum", lengths=lengths), state
-
-
 @torch.no_grad()
 def log_probabilities_at(model: TokenModel, sequences: Packed, at: Tensor) -> Tensor:
-    """The log-probability in nats of every token at places `at` (k,) of the row of sequences, (k, v)."""
-    tokens, bounds = sequences.to(model.device)
-    y, _ = model.backbone(model.embedding(tokens[None]), cu_seqlens=bounds)
+    """The log-probability in nats of every token at places `at` (k,) of the row of sequences, (k, v) float64."""
+    tokens, bounds, at = _moved(model.device, sequences.tokens, _bounds(sequences), at)
+    y, _ = model.backbone(model.embedding(tokens.long()[None]), cu_seqlens=bounds)
     with torch.autocast(model.device.type, enabled=False):
-        return model.head(y[0, at.to(model.device)].float()).log_softmax(-1).double()
+        return model.head(y[0, at].float()).log_softmax(-1).double()
+
+
+def _read(model: TokenModel, sequences: Packed, first: Tensor, state: Any, scored: int) -> tuple[Tensor, Any]:
+    """The log-likelihood of each sequence, before which the model sees its `first` token, and the states after them."""
+    bounds, some = _bounds(sequences), sequences.lengths > 0
+    tokens, bounds, begins, first, lengths = _moved(
+        model.device, sequences.tokens, bounds, bounds[:-1][some].long(), first[some], sequences.lengths
+    )
+    tokens = tokens.long()
+    # what is seen is a token behind what is predicted
+    seen = tokens.roll(1).index_copy(0, begins, first)
+    y, state = model.backbone(model.embedding(seen[None]), state=state, cu_seqlens=bounds)
+    # scores are small differences of sums: what is read out is exact whatever the backbone computes in
+    with torch.autocast(model.device.type, enabled=False):
+        _, losses = model.head.loss(y[0].float(), tokens.masked_fill(tokens >= scored, IGNORE))
+    # unsafe: not checked, which a GPU would have to be waited for
+    return -torch.segment_reduce(losses.double(), "sum", lengths=lengths, unsafe=True), state
+
+
+def _bounds(sequences: Packed) -> Tensor:
+    """Where sequences begin and end, (s + 1,)."""
+    return F.pad(sequences.lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _moved(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of the CPU on another device; a GPU is not waited for."""
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+    return [x.pin_memory().to(device, non_blocking=True) for x in tensors]
