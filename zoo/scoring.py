@@ -53,6 +53,8 @@ def log_probabilities_at(model: TokenModel, sequences: Packed, at: Tensor) -> Te
 
 def _read(model: TokenModel, sequences: Packed, first: Tensor, state: Any, scored: int) -> tuple[Tensor, Any]:
     """The log-likelihood of each sequence, before which the model sees its `first` token, and the states after them."""
+    if not len(sequences.tokens):
+        return torch.zeros(len(first), dtype=torch.float64, device=model.device), state
     bounds, some = _bounds(sequences), sequences.lengths > 0
     tokens, bounds, begins, first, lengths = _moved(
         model.device, sequences.tokens, bounds, bounds[:-1][some].long(), first[some], sequences.lengths
