@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .alphabet import COMPLEMENT, FOREIGN, PAD, SIZE, Nucleotides, reverse_complement, stored, tokens_of
 from .base import DataModule
+from .baselines import kmer_accuracy
 from .genome import Genome, find_genomes
 from .genomics import pad
 from .intervals import BedLine, locate, read_bed, read_lines
@@ -22,6 +24,8 @@ from .splits import BED, Selection
 
 log = logging.getLogger(__name__)
 
+# bases a word of the regressions to compare with
+WORDS = (3, 4, 5)
 TABLES = (".csv", ".tsv", ".txt")
 
 
@@ -230,6 +234,19 @@ class LabelledSequenceDataModule(DataModule):
                 self.majority[split], longer, self.length,
             )  # fmt: skip
         self._warn_of_leaks(splits, sources)
+
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        yield "the commonest class, accuracy", self.majority["val"]
+        train, held_out = (self._sequences(split) for split in ("train", "val"))
+        for k in WORDS:
+            yield f"{k}-mer regression, accuracy", kmer_accuracy(train, held_out, self.num_classes, k)
+
+    def _sequences(self, split: str) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        samples = self.samples[split]
+        assert isinstance(samples, LabelledSequences)
+        # on the strand and of the length that are in the file
+        places = ((_array(samples.sources[source]), start, end) for source, start, end, _ in samples.places)
+        return [tokens_of(sequence[start:end]) for sequence, start, end in places], samples.labels
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [tokens_of(row["sequence"]) for row in rows]

@@ -105,6 +105,14 @@ def test_every_recipe_passes_its_own_check(mambazoo: Command, small: dict[str, P
         assert "back end" in result.out
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_baseline_says_what_simple_models_reach(mambazoo: Command, small: dict[str, Path]) -> None:
+    for name, unit, count in (("language/demo", "bits per byte", 4), ("genomics/demo", "bits per base", 6)):
+        lines = mambazoo("baseline", name, f"data.paths={small[name.split('/')[0]]}").out.splitlines()
+        assert len(lines) == count
+        assert all(line.endswith(unit) and 0 < float(line.split()[0]) < 9 for line in lines)
+
+
 def test_overrides_come_before_interpolation() -> None:
     demo = find("language/demo")
     assert compose(demo, ["vars.length=77"])["data"]["length"] == 77
