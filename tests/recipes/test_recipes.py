@@ -93,9 +93,7 @@ def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: object) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.filterwarnings("ignore")
-def test_every_recipe_runs_one_batch(
-    recipe: object, mambazoo: Command, tmp_path: Path, small: Small
-) -> None:
+def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path: Path, small: Small) -> None:
     name: str = recipe.name  # type: ignore[attr-defined]
     result = mambazoo("fit", str(tiny(name, tmp_path, small)))
     assert result.code == 0, result.err
@@ -127,7 +125,9 @@ def test_every_recipe_passes_its_own_check(mambazoo: Command, small: Small) -> N
 @pytest.mark.filterwarnings("ignore")
 def test_baseline_says_what_simple_models_reach(mambazoo: Command, small: Small) -> None:
     for name, unit, count in (("language/demo", "bits per byte", 4), ("genomics/demo", "bits per base", 6)):
-        lines = mambazoo("baseline", name, f"data.paths={small[name.split('/')[0]]['paths']}").out.splitlines()
+        lines = mambazoo(
+            "baseline", name, f"data.paths={small[name.split('/')[0]]['paths']}"
+        ).out.splitlines()
         assert len(lines) == count
         assert all(line.endswith(unit) and 0 < float(line.split()[0]) < 9 for line in lines)
 
