@@ -82,12 +82,40 @@ class MambaConfig(Config):
 
 
 @dataclass(frozen=True)
+class S4DConfig(Config):
+    """The time-invariant mixer (S4D, 2206.11893), the control beside the selective one."""
+
+    # mamba: the Mamba block with S4D for its scan; s4: the layer of S4 and SaShiMi (2202.09729), without a convolution,
+    # on d_model channels, to which their feed-forward is the backbone's d_mlp
+    block: str = "mamba"
+    # real numbers in the state of a channel; a complex one is two. S4D and SaShiMi have 64
+    d_state: int = 16
+    # s4d-lin: -1/2 + pi n i; s4d-inv: -1/2 + N/pi (N/(2n + 1) - 1) i; s4d-real: -(n + 1), the only real one (table 1)
+    a_init: str = "s4d-lin"
+    d_conv: int = 4
+    expand: int = 2
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    discretization: str = "zoh"
+
+    def __post_init__(self) -> None:
+        _one_of("s4d.block", self.block, ("mamba", "s4"))
+        _one_of("s4d.a_init", self.a_init, ("s4d-lin", "s4d-inv", "s4d-real"))
+        _one_of("s4d.discretization", self.discretization, ("euler", "zoh"))
+        _positive("s4d", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
+        if self.a_init != "s4d-real" and self.d_state % 2:
+            raise ValueError(
+                f"s4d.d_state: must be even for the complex A of {self.a_init}, not {self.d_state}"
+            )
+
+
+@dataclass(frozen=True)
 class BackboneConfig(Config):
     """A row of blocks: their number and width, and which mixer each has."""
 
     d_model: int = 768
     n_layers: int = 24
-    # mixers in the order of the layers, repeated to n_layers: "mamba", "mamba*7 + attention"
+    # mixers in the order of the layers, repeated to n_layers: "mamba", "s4d*2 + mamba"
     pattern: str = "mamba"
     # width of the gated MLP after every mixer; 0 is none, as in Mamba
     d_mlp: int = 0
@@ -99,6 +127,7 @@ class BackboneConfig(Config):
     # recompute each block in the backward: less memory, a third more time
     checkpoint_activations: bool = False
     mamba: MambaConfig = field(default_factory=MambaConfig)
+    s4d: S4DConfig = field(default_factory=S4DConfig)
 
     def __post_init__(self) -> None:
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
@@ -137,7 +166,7 @@ class BackboneConfig(Config):
         return super().problems(_unfold(values, where), where)
 
 
-MIXERS = ("mamba",)
+MIXERS = ("mamba", "s4d")
 
 # the released state-spaces models, and below them the widths of the paper's DNA models (table 13)
 SIZES: dict[str, dict[str, int]] = {
