@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -158,12 +159,69 @@ class BackboneConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "backbone") -> Self:
-        """Build from plain values; `size` names a row of SIZES that the other values override."""
+        """Build from plain values; `size` names a row of SIZES that the other values override.
+
+        With `pool` among them it is a U-Net's config.
+        """
+        if "pool" in values and cls is BackboneConfig:
+            return UNetConfig.from_dict(values, where)  # type: ignore[return-value]
         return super().from_dict(_unfold(values, where), where)
 
     @classmethod
     def problems(cls, values: dict[str, Any], where: str = "backbone") -> list[str]:
+        if "pool" in values and cls is BackboneConfig:
+            return UNetConfig.problems(values, where)
         return super().problems(_unfold(values, where), where)
+
+
+@dataclass(frozen=True)
+class UNetConfig(BackboneConfig):
+    """Stages of blocks at falling rates and back (unet.py); every other value is that of each stage's backbone.
+
+    `d_model` is the width of the outermost stage, `n_layers` are those of one stage.
+    """
+
+    d_model: int = 64
+    n_layers: int = 8
+    # how many positions of a stage the next inner one has as one
+    pool: tuple[int, ...] = (4, 4)
+    # what the width, and that of MLPs, grows by from a stage to the next inner one
+    widen: int = 2
+    # what is different in a stage, from the outermost to the innermost: [{pattern: s4d}] is outside alone,
+    # [{}, {}, {d_mlp: 0}] in the third
+    stages: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal:
+            raise ValueError(
+                "backbone.pool: a U-Net steps from sample to sample; leave out bidirectional and reverse_complement"
+            )
+        if not self.pool or min(self.pool) < 2:
+            raise ValueError(f"backbone.pool: must be factors of 2 or more, not {list(self.pool)}")
+        _positive("backbone", self, "widen")
+        if len(self.stages) > len(self.pool) + 1:
+            raise ValueError(
+                f"backbone.stages: there are {len(self.pool) + 1} for these factors of pool, not {len(self.stages)}"
+            )
+        for i in range(len(self.pool) + 1):
+            _ = self.stage(i)
+
+    @property
+    def period(self) -> int:
+        """After how many positions the innermost stage has moved on by one."""
+        return math.prod(self.pool)
+
+    def stage(self, i: int) -> BackboneConfig:
+        """What stage i is made of; 0 is the outermost."""
+        values = self.to_dict()
+        for name in ("pool", "widen", "stages"):
+            del values[name]
+        for name in ("d_model", "d_mlp"):
+            values[name] *= self.widen**i
+        for name, value in (self.stages[i] if i < len(self.stages) else {}).items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
+        return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
 
 
 MIXERS = ("mamba", "s4d")
@@ -236,7 +294,9 @@ def _fits(hint: Any, value: Any) -> bool:
         return all(_fits(kinds[0], item) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    return isinstance(value, typing.get_origin(hint) or hint) and not (
+        hint is int and isinstance(value, bool)
+    )
 
 
 def _describe(hint: Any) -> str:
@@ -251,8 +311,9 @@ def _describe(hint: Any) -> str:
         float: "a number",
         str: "text",
         bool: "true or false",
+        dict: "a section of keys",
         types.NoneType: "null",
-    }[hint]
+    }[typing.get_origin(hint) or hint]
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
