@@ -13,12 +13,12 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-from .backbone import Backbone
 from .config import BackboneConfig, nearest
 from .frontends import TokenEmbedding
 from .heads import POOLINGS, pool
 from .strands import complement_table, reverse_complement
 from .task import Batch, Task
+from .unet import build_backbone
 
 
 class SequenceClassifier(Task):
@@ -87,7 +87,7 @@ class SequenceClassifier(Task):
         self.embedding = TokenEmbedding(
             vocab_size, config.d_model, table if config.reverse_complement else None
         )
-        self.backbone = Backbone(config)
+        self.backbone = build_backbone(config)
         self.classifier = nn.Linear(config.d_model, num_classes)
         self.loss = MeanMetric().set_dtype(torch.float64)
         self.confusion = MulticlassConfusionMatrix(num_classes)
