@@ -70,6 +70,8 @@ def run(arguments: Namespace) -> int:
     from .device import autocast
 
     model: Any = load_model(arguments.checkpoint, arguments.device)
+    if getattr(model, "patches", None) is not None:
+        raise ValueError(f"{arguments.checkpoint} reads patches of bases and has no vector for each")
     genome = open_genome(arguments.fasta)
     rows = _rows(genome, bed)
     config, bases = model.backbone.config, sum(row.end - row.start for row in rows)

@@ -37,7 +37,7 @@ def log_likelihoods(
     last = torch.cat([prefixes.tokens.long(), first[:1]])[ends]
     [numbers] = _moved(model.device, prefix)
     before, state = _read(model, prefixes, first, model.init_state(len(first)), scored)
-    state = tree_map(lambda rows: rows.index_select(0, numbers), state)
+    state = tree_map(lambda x: x.index_select(0, numbers) if isinstance(x, Tensor) else x, state)
     behind, _ = _read(model, suffixes, last[prefix], state, scored)
     return before[numbers] + behind
 
@@ -46,7 +46,7 @@ def log_likelihoods(
 def log_probabilities_at(model: TokenModel, sequences: Packed, at: Tensor) -> Tensor:
     """The log-probability in nats of every token at places `at` (k,) of the row of sequences, (k, v) float64."""
     tokens, bounds, at = _moved(model.device, sequences.tokens, _bounds(sequences), at)
-    y, _ = model.backbone(model.embedding(tokens.long()[None]), cu_seqlens=bounds)
+    y, _ = model.mix(tokens.long()[None], cu_seqlens=bounds)
     with torch.autocast(model.device.type, enabled=False):
         return model.head(y[0, at].float()).log_softmax(-1).double()
 
@@ -62,7 +62,7 @@ def _read(model: TokenModel, sequences: Packed, first: Tensor, state: Any, score
     tokens = tokens.long()
     # what is seen is a token behind what is predicted
     seen = tokens.roll(1).index_copy(0, begins, first)
-    y, state = model.backbone(model.embedding(seen[None]), state=state, cu_seqlens=bounds)
+    y, state = model.mix(seen[None], state=state, cu_seqlens=bounds)
     # scores are small differences of sums: what is read out is exact whatever the backbone computes in
     with torch.autocast(model.device.type, enabled=False):
         _, losses = model.head.loss(y[0].float(), tokens.masked_fill(tokens >= scored, IGNORE))
