@@ -35,16 +35,12 @@ class PartialFile:
             self._refuse_another(path)
             return
         self.file: IO[bytes] = os.fdopen(os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-        self._lock()
-        there = self.file.read(len(self.head))
-        if there == self.head:
-            self.lines = sum(line.endswith(b"\n") for line in self.file)
-        elif self.head.startswith(there):
-            self.file.seek(0)
-            self.file.write(self.head)
-            self.file.flush()
-        else:
-            self._refuse_another(self.part)
+        try:
+            self._lock()
+            self._begin()
+        except ValueError:
+            self.file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +70,17 @@ class PartialFile:
         else:
             os.replace(self.part, self.path)
             sync_folder(self.path.parent)
+
+    def _begin(self) -> None:
+        """Count the lines that are there behind the head, or write that."""
+        there = self.file.read(len(self.head))
+        if there == self.head:
+            self.lines = sum(line.endswith(b"\n") for line in self.file)
+        elif self.head.startswith(there):
+            self.file.seek(0)
+            self.write(self.head.decode())
+        else:
+            self._refuse_another(self.part)
 
     def _blocks(self) -> Iterator[bytes]:
         self.file.seek(0)
