@@ -7,13 +7,14 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .dna import add_arguments as add_common_arguments
 from .dna import check_input, check_output, load_model, open_genome
 
 if TYPE_CHECKING:
     from ..datamodules.variants import Variant, VariantFile
+    from .partial import PartialFile
     from .scorer import Outcome, Scorer
 
 NAME, SUMMARY = "score", "score the variants of a VCF file with a model of DNA"
@@ -57,7 +58,7 @@ def run(arguments: Namespace) -> int:
 
     variants = VariantFile(vcf)
     table = path.name.removesuffix(".gz").endswith(".tsv")
-    layout = _Table() if table else _AnnotatedVariants(variants)
+    layout: _Layout = _Table() if table else _AnnotatedVariants(variants)
     model = load_model(arguments.checkpoint, arguments.device)
     if not isinstance(model, GenomeModel):
         raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which gives no likelihoods")
@@ -68,27 +69,30 @@ def run(arguments: Namespace) -> int:
         if output.finished:
             print(f"{path} is there and whole; remove it to have it made again")
             return 0
-        done, rows = 0, 0
-        for variant in variants:
-            if rows + layout.rows(variant) > output.lines:
-                break
-            done, rows = done + 1, rows + layout.rows(variant)
-        output.keep(rows)
-        if rows:
-            print(f"going on behind line {rows} of {output.part}", file=sys.stderr)
+        done, alleles = _go_on(output, variants, layout)
         size = arguments.batch_size or (_BATCH if model.device.type == "cuda" else _CPU_BATCH)
-        started, count = time.monotonic(), 0
-        with progress("scoring", counts.total()) as advance:
+        started, count = time.monotonic(), counts.total() - alleles
+        with progress("scoring", counts.total(), alleles) as advance:
             for batch in scorer.run(_batches(islice(variants, done, None), size)):
                 output.write("".join(f"{line}\n" for row in batch for line in layout.lines(*row)))
-                alleles = sum(len(outcomes) for _, outcomes in batch)
-                count += alleles
-                advance(alleles)
+                advance(sum(len(outcomes) for _, outcomes in batch))
         output.finish()
     seconds = time.monotonic() - started
     print(f"{counts['scored']} of {counts.total()} alleles scored{_left_out(counts)}: {path}")
-    print(f"{count} in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second", file=sys.stderr)
+    print(f"{count} in {seconds:.1f} s, {count / max(seconds, 1e-9):,.1f} a second", file=sys.stderr)
     return 0
+
+
+class _Layout(Protocol):
+    """What an output looks like."""
+
+    def head(self, mark: str) -> str: ...
+
+    def rows(self, variant: "Variant") -> int:
+        """How many lines a variant takes."""
+        ...
+
+    def lines(self, variant: "Variant", outcomes: "list[Outcome]") -> Iterator[str]: ...
 
 
 class _Table:
@@ -157,6 +161,19 @@ def _examine(variants: "VariantFile", scorer: "Scorer") -> Counter[str]:
     if counts and not counts["scored"]:
         raise ValueError(f"--vcf: {variants.path} has no allele that can be scored{_left_out(counts)}")
     return counts
+
+
+def _go_on(output: "PartialFile", variants: "VariantFile", layout: "_Layout") -> tuple[int, int]:
+    """How many variants and alleles are in an output that is not finished; what is half written of one is dropped."""
+    done, alleles, rows = 0, 0, 0
+    for variant in variants:
+        if rows + layout.rows(variant) > output.lines:
+            break
+        done, alleles, rows = done + 1, alleles + len(variant.alts), rows + layout.rows(variant)
+    output.keep(rows)
+    if rows:
+        print(f"going on behind line {rows} of {output.part}", file=sys.stderr)
+    return done, alleles
 
 
 def _left_out(counts: Counter[str]) -> str:

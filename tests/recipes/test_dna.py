@@ -276,7 +276,7 @@ def test_a_killed_score_goes_on_where_it_stopped(
     text = gzip.decompress(whole) if path.suffix == ".gz" else whole
     assert not part.exists()
     head = sum(len(line) for line in text.splitlines(keepends=True) if line.startswith((b"#", b"chrom")))
-    for end in (0, 10, head, head + 5, head + 300, len(text) - 1, len(text)):
+    for end in (10, head + 5, head + 300, len(text) - 1, len(text)):
         path.unlink()
         part.write_bytes(text[:end])
         read.clear()
