@@ -31,8 +31,8 @@ def split_recordings(
     """The places of "train", "val" and, if asked for, "test" among all samples, each recording's own.
 
     Without `train`, all that is not held out is trained on. A fraction is one of the speakers where there are any, else
-    of the recordings, at least one, drawn by their content, so that equal recordings are on one side; or by time it is
-    the last part of each recording, test after validation. It is taken from what the names leave.
+    of the recordings, at least one, drawn by their names, recordings that are equal together; or by time it is the last
+    part of each recording, test after validation. It is taken from what the names leave.
 
     Raises:
         ValueError: for a name or glob that matches nothing, a recording that is selected twice, a fraction that takes
@@ -105,10 +105,13 @@ def _refuse_overlap(recordings: Recordings, named: dict[str, list[int]]) -> None
 def _draw(
     recordings: Recordings, speakers: dict[str, str], rest: list[int], fractions: dict[str, float]
 ) -> dict[str, list[int]]:
-    """Recordings drawn by speaker, or by content, for each fraction; the others are for training."""
+    """Recordings drawn by speaker, or by name, for each fraction; the others are for training."""
     groups: dict[str, list[int]] = {}
+    # of recordings that are equal the first one's name decides
+    names = dict(zip(reversed(recordings.digests), reversed(recordings.names), strict=True))
     for i in rest:
-        groups.setdefault(speakers.get(recordings.names[i], recordings.digests[i]), []).append(i)
+        group = speakers.get(recordings.names[i]) or names[recordings.digests[i]]
+        groups.setdefault(group, []).append(i)
     order = sorted(groups, key=lambda group: hashlib.blake2b(group.encode(), digest_size=8).digest())
     splits = {}
     for split, fraction in fractions.items():
