@@ -20,6 +20,7 @@ _FACE = {
     "Mamba": "zoo.mamba",
     "LanguageModel": "zoo.language",
     "GenomeModel": "zoo.genomics",
+    "WaveformModel": "zoo.audio",
     "SequenceClassifier": "zoo.classification",
     "TextDataModule": "datamodules.text",
     "GenomeDataModule": "datamodules.genomics",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .kernels.norm import rms_norm as rms_norm
     from .kernels.scan import selective_scan as selective_scan
     from .kernels.step import selective_state_update as selective_state_update
+    from .zoo.audio import WaveformModel as WaveformModel
     from .zoo.backbone import Backbone as Backbone
     from .zoo.classification import SequenceClassifier as SequenceClassifier
     from .zoo.config import BackboneConfig as BackboneConfig

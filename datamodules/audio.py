@@ -1,6 +1,7 @@
 """Recordings of sound to batches: the parts, labels and codes of recordings, and prediction of the next sample."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -9,19 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import DataModule, Samples
-from .baselines import order1_bits
+from .baselines import markov_bits, prediction_bits
 from .classes import count_classes, label_recordings, sort_classes
 from .recording_splits import KEYS, Selection, split_recordings
 from .recordings import RecordingFiles, find_recordings
 from .sound import RATES
-from .waveform import Waveform
+from .waveform import LEVELS, Waveform
 from .windows import HeldOutWindows, RandomWindows, Stretches, Windows
 
 log = logging.getLogger(__name__)
 
 IGNORE = -100
-# of a split, samples that are counted at once
-_BLOCK = 1 << 20
+# of the simple models to compare with
+MARKOV_ORDERS, PREDICTION_ORDERS = (0, 1), (32,)
 
 
 class RecordingsDataModule(DataModule):
@@ -91,6 +92,8 @@ class RecordingsDataModule(DataModule):
         self.vocab_size = self.waveform.size
         self.files = RecordingFiles(sources, sample_rate, trim_silence, normalise)
         self.parts: dict[str, Stretches] = {}
+        # of each split, the class of each recording
+        self.numbers: dict[str, NDArray[np.int64]] = {}
         self.counts: dict[str, list[int]] = {}
         self.majority: dict[str, float] = {}
 
@@ -123,6 +126,7 @@ class RecordingsDataModule(DataModule):
             if self.labels is not None:
                 of = np.searchsorted(recordings.starts, part.starts, side="right") - 1
                 labels = np.array([self.classes.index(self.labels[recordings.names[i]]) for i in of])
+                self.numbers[split] = labels
                 self.counts[split], self.majority[split], words = count_classes(labels, self.classes)
                 balance = f" ({words})"
             log.info("%s: %d recordings, %.1f s%s", split, len(part.starts), seconds, balance)
@@ -159,13 +163,18 @@ class AudioDataModule(RecordingsDataModule):
             return WaveformWindows(RandomWindows([part], self.length, None, self.seed), self.waveform, labels)
         return WaveformWindows(HeldOutWindows([part], self.length), self.waveform, labels)
 
-    def order1_bits(self, split: str = "val") -> float:
-        """Bits a sample that guessing each code from the one before it takes, fitted on the training split."""
-        train, held_out = (
-            WaveformWindows(HeldOutWindows([self.parts[name]], _BLOCK), self.waveform)
-            for name in ("train", split)
-        )
-        return order1_bits(train.rows(), held_out.rows())
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        for order in MARKOV_ORDERS:
+            bits = markov_bits(self._codes("train"), self._codes("val"), LEVELS, order)
+            yield f"Markov model of order {order}, bits per sample", bits
+        for order in PREDICTION_ORDERS:
+            bits = prediction_bits(self._codes("train"), self._codes("val"), self.waveform, order)
+            yield f"linear prediction from {order} samples, bits per sample", bits
+
+    def _codes(self, split: str) -> Iterator[NDArray[np.uint8]]:
+        part = self.parts[split]
+        for start, end in zip(part.starts, part.ends, strict=True):
+            yield self.waveform.read(part.sequence.array[start:end])
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         # always as long, since models with pooling and compiled ones want it so
@@ -198,10 +207,6 @@ class WaveformWindows:
         if start == window.start:
             codes = np.concatenate([[self.waveform.silence], codes])
         return {"codes": codes} | ({} if self.labels is None else {"label": self.labels[window.stretch]})
-
-    def rows(self) -> Any:
-        """The codes of every window in order."""
-        return (self.read(i, 0)["codes"] for i in range(len(self)))
 
 
 def _check(

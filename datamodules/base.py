@@ -13,7 +13,7 @@ meet nowhere else: a data module knows no model, a task no file.
 """
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
@@ -66,6 +66,13 @@ class DataModule(L.LightningDataModule):
     def describe(self) -> str:
         """What there is to read, in a few words."""
         return f"batches of {self.batch_size}"
+
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        """After `setup`: what simple models that learn from the training split reach on the validation split, by name.
+
+        Each comes when it is computed, in the unit that the name ends with.
+        """
+        yield from ()
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Make a batch of samples."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from .alphabet import (
     tokens_of,
 )
 from .base import DataModule, Ordered
+from .baselines import markov_bits
 from .genome import Genome, find_genomes
 from .order import EndlessBatches, GrowingBatches, mix
 from .splits import Selection, split_genomes
@@ -35,6 +37,10 @@ log = logging.getLogger(__name__)
 # of 65,536 bases: how many are predicted (15 %), and from which of these on the model sees a random base, or the base
 # itself; below it sees MASK (80, 10 and 10 % of them: Devlin et al. 2019, section 3.1)
 CHOSEN, RANDOM, SHOWN = 9840, 7872, 8856
+
+
+# of the simple models to compare with
+MARKOV_ORDERS = (0, 2, 3, 6, 9, 11)
 
 
 class GenomeDataModule(DataModule):
@@ -150,6 +156,18 @@ class GenomeDataModule(DataModule):
                 if split != "train"
             },
         }
+
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        if self.objective == "genome":
+            return
+        for order in MARKOV_ORDERS:
+            bits = markov_bits(self._stretches("train"), self._stretches("val"), BASES, order)
+            yield f"Markov model of order {order}, bits per base", bits
+
+    def _stretches(self, split: str) -> Iterator[NDArray[np.uint8]]:
+        for part in self.parts[split]:
+            for start, end in zip(part.starts, part.ends, strict=True):
+                yield tokens_of(part.sequence.array[start:end])
 
     def train_dataloader(self) -> DataLoader[Any]:
         if not self.length_warmup:

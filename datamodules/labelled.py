@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .alphabet import COMPLEMENT, FOREIGN, PAD, SIZE, Nucleotides, reverse_complement, stored, tokens_of
 from .base import DataModule
+from .baselines import kmer_accuracy
 from .classes import count_classes, sort_classes
 from .genome import Genome, find_genomes
 from .genomics import pad
@@ -23,6 +25,8 @@ from .splits import BED, Selection
 
 log = logging.getLogger(__name__)
 
+# bases a word of the regressions to compare with
+WORDS = (3, 4, 5)
 TABLES = (".csv", ".tsv", ".txt")
 
 
@@ -75,12 +79,7 @@ def read_table(path: Path, label: str = "label") -> Table:
             raise ValueError(f"{path}, line {number}: has {len(cells)} columns, and the header {len(header)}")
         if not cells[of].strip():
             raise ValueError(f"{path}, line {number}: the label is empty")
-        letters = cells[at].encode("utf-8")
-        piece = stored(letters)
-        if FOREIGN in piece or not piece:
-            letter = next((letter for letter in cells[at] if FOREIGN in stored(letter.encode())), "")
-            problem = f"{letter!r} is no letter of DNA" if letter else "the sequence is empty"
-            raise ValueError(f"{path}, line {number}: {problem}")
+        piece = _stored(cells[at].encode("utf-8"), f"{path}, line {number}")
         pieces.append(piece)
         starts.append(starts[-1] + len(piece))
         labels.append(cells[of].strip())
@@ -88,6 +87,31 @@ def read_table(path: Path, label: str = "label") -> Table:
     if not labels:
         raise ValueError(f"{path}: there is no row in it")
     return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, labels, records)
+
+
+def read_classes(folder: Path) -> Table:
+    """A folder with a folder for each class, in which every .txt file is a sequence (the layout of Genomic Benchmarks).
+
+    Raises:
+        ValueError: with the file, where one is empty or holds letters that are no DNA.
+    """
+    pieces, starts, labels = [], [0], []
+    for path in sorted(folder.glob(_IN_CLASSES)):
+        pieces.append(_stored(path.read_bytes(), str(path)))
+        starts.append(starts[-1] + len(pieces[-1]))
+        labels.append(path.parent.name)
+    return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, labels, [""] * len(labels))
+
+
+def _stored(letters: bytes, where: str) -> bytes:
+    """A sequence as stored bytes; `where` it is, is named if it is none."""
+    piece = stored(letters)
+    if piece and FOREIGN not in piece:
+        return piece
+    text = letters.decode("utf-8", errors="replace")
+    letter = next((letter for letter in text if FOREIGN in stored(letter.encode())), "")
+    problem = f"{letter!r} is no letter of DNA" if letter else "the sequence is empty"
+    raise ValueError(f"{where}: {problem}")
 
 
 def _cells(path: Path, number: int, text: str, tabs: bool) -> list[str]:
@@ -142,7 +166,8 @@ class LabelledSequenceDataModule(DataModule):
 
     Args:
         paths: tables with a header (.csv, .tsv, .txt, plain or .gz; columns sequence and label, and chrom if there is
-            one), or .bed files whose fourth column is the label and whose sixth, if any, is the strand.
+            one); folders with a folder of .txt files for each class, a sequence each; or .bed files whose fourth
+            column is the label and whose sixth, if any, is the strand.
         valid, test: what to hold out: files of the same kinds; names of chromosomes (column chrom, or the first of
             BED); or a fraction, drawn by content, so that equal sequences and opposite strands are on one side.
             Sequences that overlap can still be on both, so rather hold out chromosomes.
@@ -183,7 +208,11 @@ class LabelledSequenceDataModule(DataModule):
             if _are_files(given):
                 self.files[split] = _find(given, f"data.{_KEYS[split]}")  # type: ignore[arg-type]
         self.content: dict[Path, Table | list[BedLine]] = {
-            path: read_bed(path) if path.name.endswith(BED) else read_table(path, label)
+            path: read_bed(path)
+            if path.name.endswith(BED)
+            else read_classes(path)
+            if path.is_dir()
+            else read_table(path, label)
             for path in (path for paths in self.files.values() for path in paths)
         }
         self.classes = sort_classes(label for _, labels in self._labels() for label in labels)
@@ -227,6 +256,19 @@ class LabelledSequenceDataModule(DataModule):
                 split, len(examples), balance, longer, self.length,
             )  # fmt: skip
         self._warn_of_leaks(splits, sources)
+
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        yield "the commonest class, accuracy", self.majority["val"]
+        train, held_out = (self._sequences(split) for split in ("train", "val"))
+        for k in WORDS:
+            yield f"{k}-mer regression, accuracy", kmer_accuracy(train, held_out, self.num_classes, k)
+
+    def _sequences(self, split: str) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        samples = self.samples[split]
+        assert isinstance(samples, LabelledSequences)
+        # on the strand and of the length that are in the file
+        places = ((_array(samples.sources[source]), start, end) for source, start, end, _ in samples.places)
+        return [tokens_of(sequence[start:end]) for sequence, start, end in places], samples.labels
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [tokens_of(row["sequence"]) for row in rows]
@@ -299,6 +341,8 @@ class LabelledSequenceDataModule(DataModule):
                 log.warning("%d sequences of %s are trained on too: hold out other ones", twice, _KEYS[split])
 
 
+# the files of a folder that are sequences, each in a folder named by its class
+_IN_CLASSES = "*/*.txt"
 _KEYS = {"train": "paths", "val": "valid", "test": "test"}
 
 
@@ -318,20 +362,23 @@ def _lot(sequence: NDArray[np.uint8]) -> float:
 
 def _are_files(given: Selection) -> bool:
     names = [given] if isinstance(given, str) else given
-    return isinstance(names, list) and any(
-        name.removesuffix(".gz").endswith((*TABLES, ".bed")) for name in names
-    )
+    return isinstance(names, list) and any(_is_readable(Path(name).expanduser()) for name in names)
+
+
+def _is_readable(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith((*TABLES, ".bed")) or any(path.glob(_IN_CLASSES))
 
 
 def _find(given: str | list[str], key: str) -> list[Path]:
     paths = [Path(path).expanduser() for path in ([given] if isinstance(given, str) else given)]
     if not paths:
-        raise ValueError(f"{key}: names nothing; give a .csv, .tsv or .bed file")
+        raise ValueError(f"{key}: names nothing; give a .csv, .tsv or .bed file, or a folder")
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{key}: there is no file {path}")
-        if not path.name.removesuffix(".gz").endswith((*TABLES, ".bed")):
+        if not path.exists():
+            raise FileNotFoundError(f"{key}: there is no file or folder {path}")
+        if not _is_readable(path):
             raise ValueError(
-                f"{key}: {path} is not a kind of file that is read: {' '.join(TABLES)} .bed, plain or .gz"
+                f"{key}: {path} is not a kind of file that is read: {' '.join(TABLES)} .bed, plain or .gz, "
+                "or a folder of CLASS/NAME.txt"
             )
     return paths

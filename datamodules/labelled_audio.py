@@ -1,5 +1,6 @@
 """Labelled clips of sound, all of one length, for a classifier."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from .audio import RecordingsDataModule
 from .augmentation import Augmentation
 from .base import Samples
-from .classes import FOLDER
+from .baselines import spectrum_accuracy
 from .order import mix
 from .waveform import Waveform, samples_of, stored
 from .windows import Stretches
@@ -32,7 +33,7 @@ class LabelledAudioDataModule(RecordingsDataModule):
     def __init__(
         self,
         paths: str | list[str],
-        labels: str = FOLDER,
+        labels: str,
         shift: float = 0.0,
         speed: float = 0.0,
         equalise: float = 0.0,
@@ -51,6 +52,18 @@ class LabelledAudioDataModule(RecordingsDataModule):
         assert labels is not None
         clips = Clips(part, labels, self.waveform, self.length)
         return Varied(clips, self.augmentation, self.shift, self.seed) if split == "train" else clips
+
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        yield "the commonest class, accuracy", self.majority["val"]
+        train, held_out = (self._recordings(split) for split in ("train", "val"))
+        rate = self.waveform.sample_rate
+        accuracy = spectrum_accuracy(train, held_out, rate, len(self.classes))
+        yield "regression on log-mel spectra, accuracy", accuracy
+
+    def _recordings(self, split: str) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
+        part = self.parts[split]
+        places = zip(part.starts, part.ends, strict=True)
+        return [samples_of(part.sequence.array[start:end]) for start, end in places], self.numbers[split]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         inputs = torch.from_numpy(np.stack([row["codes"] for row in rows]))

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,14 @@ import torch
 from torch import Tensor
 
 from .base import DataModule
+from .baselines import markov_bits
 from .corpus import Corpus, CorpusRecipe
 from .documents import STDLIB, find_sources
 from .packing import Windows, pack, stack
 from .vocab import Bytes, read_tokenizer
+
+# of the simple models to compare with: what they look back on, and the counts that they may take
+MARKOV_ORDERS, MARKOV_TABLE = (0, 1, 2), 1 << 25
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +106,18 @@ class TextDataModule(DataModule):
             "val": Windows(corpus.splits["val"], self.length, shifted=False),
         }
         self._byte_lengths = corpus.vocabulary.byte_lengths()
+
+    def baselines(self) -> Iterator[tuple[str, float]]:
+        assert self.corpus is not None
+        symbols, held_out = self.vocab_size, self.corpus.splits["val"]
+        train, tested = (self.corpus.splits[split].tokens.array for split in ("train", "val"))
+        for order in MARKOV_ORDERS:
+            if symbols ** (order + 1) <= MARKOV_TABLE:
+                bits = markov_bits([train], [tested], symbols, order) * len(tested) / held_out.bytes
+                yield f"Markov model of order {order}, bits per byte", bits
+        if isinstance(self.corpus.vocabulary, Bytes):
+            packed = len(zlib.compress(tested[tested != Bytes.eos].astype(np.uint8).tobytes(), level=9))
+            yield "gzip of the held-out text, bits per byte", 8 * packed / held_out.bytes
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = pack(rows) if self.packing else stack(rows)

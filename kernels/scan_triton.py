@@ -12,6 +12,7 @@ enters it, and then backward from the gradient of the state that leaves it. Sums
 program as partial sums: no atomics, and so the same result to the bit from run to run.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,26 +27,26 @@ from .triton_math import LOG2E
 
 
 class _Tile(NamedTuple):
-    """Channels of a warp, steps whose loads are in flight together, and registers that a lane may take."""
+    """Channels of a warp, registers that a lane may take, and steps whose loads are in flight together."""
 
     channels: int
-    steps: int
-    registers: int = 255
+    registers: int
+    steps: int = 1
 
 
-# the fastest of those measured on sm_90: more channels share the loads of B and C, more steps hide latency, and both
-# take registers
+# the fastest of those measured on sm_90; other architectures have as many registers. More channels share the loads of B
+# and C, more steps hide latency, and both take registers
 _TILES = {
-    "chunk_states_kernel": _Tile(64, 4, 168),
-    "scan_fwd_kernel": _Tile(64, 2, 128),
-    "chunk_grads_kernel": _Tile(64, 4, 168),
-    "forward_sweep_kernel": _Tile(64, 1),
-    "backward_sweep_kernel": _Tile(64, 1, 168),
+    "chunk_states_kernel": _Tile(64, 168, 4),
+    "scan_fwd_kernel": _Tile(64, 128, 2),
+    "chunk_grads_kernel": _Tile(64, 168, 4),
+    "forward_sweep_kernel": _Tile(64, 255),
+    "backward_sweep_kernel": _Tile(64, 168),
 }
 # steps of a chunk: short ones make more programs, long ones fewer states to carry
 _LENGTHS = (256, 128, 64)
-# programs that run at once on 132 multiprocessors, by the registers that they take
-_AT_ONCE = (8 * 132, 12 * 132, 16 * 132)
+# programs of one warp that run at once on a multiprocessor, by the registers that they take
+_AT_ONCE = (8, 12, 16)
 # states that a program of the carry takes, and chunks whose loads are in flight together
 _CARRY_STATES, _CARRY_CHUNKS = 128, 8
 
@@ -58,10 +59,21 @@ class _Plan(NamedTuple):
     chunks: int
 
 
-def _plan(b: int, l: int, d: int, sequences: int | None) -> _Plan:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; as many as an H100 where there is none to ask."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132
+
+
+def _plan(u: Tensor, sequences: int | None) -> _Plan:
+    b, l, d = u.shape
+    at_once = [programs * _multiprocessors(u.device) for programs in _AT_ONCE]
+
     def cost(length: int) -> float:
         programs = b * triton.cdiv(l, length) * triton.cdiv(d, 64)
-        waves = sum(triton.cdiv(programs, at_once) for at_once in _AT_ONCE)
+        waves = sum(triton.cdiv(programs, number) for number in at_once)
         # carrying a state from chunk to chunk costs about eight steps
         return waves * (length + 8)
 
@@ -74,8 +86,7 @@ def _plan(b: int, l: int, d: int, sequences: int | None) -> _Plan:
 
 def starts_shape(u: Tensor, A: Tensor, sequences: int | None) -> tuple[int, int, int]:
     """The shape (k, n, d) of what scan_fwd keeps for scan_bwd, the states that enter each chunk."""
-    b, l, d = u.shape
-    return (_plan(b, l, d, sequences).chunks, A.shape[1], d)
+    return (_plan(u, sequences).chunks, A.shape[1], u.shape[2])
 
 
 class _Scan:
@@ -106,7 +117,7 @@ class _Scan:
         # warps of a program read the same B and C from the cache nearest to them
         self.warps = next((w for w in (4, 2) if self.mma and self.size % (64 * w) == 0), 1)
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.plan = _plan(self.b, self.l, self.d, sequences)
+        self.plan = _plan(u, sequences)
         self.sequences = self.b if sequences is None else sequences
         u, z = by_rows(u), None if z is None else by_rows(z)
         delta = by_rows(delta) if delta.ndim == 3 else delta.contiguous()
@@ -174,17 +185,18 @@ class _Scan:
 
     def launch(self, kernel: Any, **own: Any) -> None:
         """Run a kernel on every chunk and block of channels, with its own arguments beside those that all share."""
-        tile, channels = _TILES[kernel.__name__], self.channels(kernel)
-        given = {key: value for key, value in self.arguments.items() if key in kernel.arg_names}
-        blocks = self.blocks(kernel)
+        tile, channels, blocks = _TILES[kernel.__name__], self.channels(kernel), self.blocks(kernel)
+        cut = {
+            "blocks": blocks,
+            "BLOCK_D": channels,
+            "VECTOR": channels // (32 * self.warps),
+            "U": tile.steps,
+            "EVEN": self.size % channels == 0 and self.n == self.N,
+        }
+        given = {key: value for key, value in (self.arguments | cut).items() if key in kernel.arg_names}
         kernel[(self.plan.chunks * self.groups * blocks,)](
             **given,
             **own,
-            blocks=blocks,
-            BLOCK_D=channels,
-            VECTOR=channels // (32 * self.warps),
-            U=tile.steps,
-            EVEN=self.size % channels == 0 and self.n == self.N,
             num_warps=max(self.warps, self.N // 32),
             # the exact hold and tiles of constant matrices need all there are
             maxnreg=tile.registers if self.plain else 255,

@@ -22,6 +22,7 @@ from .scan_triton_tiles import (
     load_matrix,
     load_row,
     load_rows,
+    load_states,
     load_tile,
     place,
     step_size,
@@ -133,21 +134,6 @@ def chunk_grads_kernel(
     store_row(decays_ptr + i.to(tl.int64) * d + channels, total, exists, EVEN)
 
 
-@triton.jit
-def _sweep_forward(h, by_A, dA, u, dt, grad, B, C, A2, ZOH: tl.constexpr):
-    """One step forward: what is left of the state before, the state, its derivative by A, dA, and sum_n A C dy a h."""
-    decay, gain = hold(dt, A2, ZOH)
-    left = decay * h
-    into = grad[:, None] * C
-    term = tl.sum(A2 * (into * left), 1) * LN2
-    by_A = decay * by_A + dt[:, None] * left
-    if ZOH:
-        by_A += gain_by_A(dt, A2, decay) * B * u[:, None]
-    h = left + (u[:, None] * gain) * B
-    dA += into * by_A
-    return left, h, by_A, dA, term
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_sweep_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, states_ptr, grads_ptr,
@@ -155,7 +141,7 @@ def forward_sweep_kernel(
     rows, l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch, dy_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr, DY_TIME: tl.constexpr,
     MATRIX_TIME: tl.constexpr,
-    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
@@ -193,82 +179,64 @@ def forward_sweep_kernel(
     dA = tl.zeros((BLOCK_D, N), tl.float32)
     dC_tile = 0.0 if C_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     dD = tl.zeros((BLOCK_D,), tl.float32)
-    full = steps // U
-    if full > 0:
-        us = load_rows(u, ON * U_TIME, exists, U, True, EVEN)
-        deltas = load_rows(delta, ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN)
-        zs = load_rows(z, ON * Z_TIME, exists, U, HAS_Z, EVEN)
-        dys = load_rows(dy, ON * DY_TIME, exists, U, True, EVEN)
-        Bs = load_matrix(B, ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
-        Cs = load_matrix(C, ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
-        for m in range(full):
-            t = tl.minimum(m + 1, full - 1) * U
-            next_us = load_rows(u + t * (ON * U_TIME), ON * U_TIME, exists, U, True, EVEN)
-            next_deltas = load_rows(
-                delta + t * (ON * DELTA_TIME), ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN
-            )
-            next_zs = load_rows(z + t * (ON * Z_TIME), ON * Z_TIME, exists, U, HAS_Z, EVEN)
-            next_dys = load_rows(dy + t * (ON * DY_TIME), ON * DY_TIME, exists, U, True, EVEN)
-            next_Bs = load_matrix(B + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
-            next_Cs = load_matrix(C + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
-            wides, dts, grads, slopes = (), (), (), ()
-            for k in tl.static_range(U):
-                wides = wides + (us[k].to(tl.float32),)  # noqa: RUF005
-                dts = dts + (step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS),)  # noqa: RUF005
-                grad, slope = _split_gate(dys[k], zs[k], HAS_Z)
-                grads, slopes = grads + (grad,), slopes + (slope,)  # noqa: RUF005
-            for k in tl.static_range(U):
-                C_now = Cs[k][None, :] if C_ROWS else C_tile
-                B_now = Bs[k][None, :] if B_ROWS else B_tile
-                left, h, by_A, dA, term = _sweep_forward(
-                    h, by_A, dA, wides[k], dts[k], grads[k], B_now, C_now, A2, ZOH
+    if steps > 0:
+        u_row = load_row(u, exists, EVEN)
+        delta_row = load_row(delta, exists, EVEN) if DELTA_ROWS else raw
+        z_row = load_row(z, exists, EVEN) if HAS_Z else 0.0
+        dy_row = load_row(dy, exists, EVEN)
+        B_row = load_states(B, states, n, EVEN) if B_ROWS else 0.0
+        C_row = load_states(C, states, n, EVEN) if C_ROWS else 0.0
+        for at in range(steps):
+            t = tl.minimum(at + 1, steps - 1)
+            next_u = load_row(u + t * (ON * U_TIME), exists, EVEN)
+            next_delta = load_row(delta + t * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
+            next_z = load_row(z + t * (ON * Z_TIME), exists, EVEN) if HAS_Z else 0.0
+            next_dy = load_row(dy + t * (ON * DY_TIME), exists, EVEN)
+            next_B = load_states(B + t * (ON * MATRIX_TIME), states, n, EVEN) if B_ROWS else 0.0
+            next_C = load_states(C + t * (ON * MATRIX_TIME), states, n, EVEN) if C_ROWS else 0.0
+
+            wide = u_row.to(tl.float32)
+            dt = step_size(delta_row, bias, SOFTPLUS)
+            grad, slope = _split_gate(dy_row, z_row, HAS_Z)
+            B_now = B_row[None, :] if B_ROWS else B_tile
+            C_now = C_row[None, :] if C_ROWS else C_tile
+            decay, gain = hold(dt, A2, ZOH)
+            left = decay * h
+            into = grad[:, None] * C_now
+            term = tl.sum(A2 * (into * left), 1) * LN2
+            by_A = decay * by_A + dt[:, None] * left
+            if ZOH:
+                by_A += gain_by_A(dt, A2, decay) * B_now * wide[:, None]
+            h = left + (wide[:, None] * gain) * B_now
+            dA += into * by_A
+            _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
+            if C_ROWS:
+                _store_sums(
+                    dC + at * (ON * MATRIX_TIME),
+                    grad[:, None] * h,
+                    states,
+                    n,
+                    stride,
+                    WARPS,
+                    MMA,
+                    OPERAND,
+                    EVEN,
                 )
-                at = m * U + k
-                _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
-                if C_ROWS:
-                    _store_sums(
-                        dC + at * (ON * MATRIX_TIME),
-                        grads[k][:, None] * h,
-                        states,
-                        n,
-                        stride,
-                        WARPS,
-                        MMA,
-                        OPERAND,
-                        EVEN,
-                    )
-                else:
-                    dC_tile += grads[k][:, None] * h
-                if HAS_Z:
-                    out = tl.sum(C_now * h, 1)
-                    out = (out + skip * wides[k] if HAS_D else out) * slopes[k]
-                    store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
-                dD += grads[k] * wides[k]
-            us, deltas, zs, dys, Bs, Cs = next_us, next_deltas, next_zs, next_dys, next_Bs, next_Cs
-    for at in range(full * U, steps):
-        u_now = load_row(u + at * (ON * U_TIME), exists, EVEN).to(tl.float32)
-        row_now = load_row(delta + at * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
-        dt = step_size(row_now, bias, SOFTPLUS)
-        z_now = load_rows(z + at * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
-        grad, slope = _split_gate(load_row(dy + at * (ON * DY_TIME), exists, EVEN), z_now, HAS_Z)
-        B_row = load_matrix(B + at * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
-        C_row = load_matrix(C + at * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
-        C_now = C_row[None, :] if C_ROWS else C_tile
-        left, h, by_A, dA, term = _sweep_forward(
-            h, by_A, dA, u_now, dt, grad, B_row[None, :] if B_ROWS else B_tile, C_now, A2, ZOH
-        )
-        _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
-        if C_ROWS:
-            _store_sums(
-                dC + at * (ON * MATRIX_TIME), grad[:, None] * h, states, n, stride, WARPS, MMA, OPERAND, EVEN
+            else:
+                dC_tile += grad[:, None] * h
+            if HAS_Z:
+                out = tl.sum(C_now * h, 1)
+                out = (out + skip * wide if HAS_D else out) * slope
+                store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
+            dD += grad * wide
+            u_row, delta_row, z_row, dy_row, B_row, C_row = (
+                next_u,
+                next_delta,
+                next_z,
+                next_dy,
+                next_B,
+                next_C,
             )
-        else:
-            dC_tile += grad[:, None] * h
-        if HAS_Z:
-            out = tl.sum(C_now * h, 1)
-            out = (out + skip * u_now if HAS_D else out) * slope
-            store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
-        dD += grad * u_now
     G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
     sums = sums_ptr + i.to(tl.int64) * (n + 2) * d
     store_tile(sums, dA + G * by_A, channels, states, exists, d, n, EVEN)
@@ -299,7 +267,7 @@ def backward_sweep_kernel(
     rows, l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch, dy_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr, DY_TIME: tl.constexpr,
     MATRIX_TIME: tl.constexpr,
-    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
@@ -337,86 +305,60 @@ def backward_sweep_kernel(
     flow = load_row(flows_ptr + i.to(tl.int64) * d + channels, exists, EVEN)
     dB_tile = 0.0 if B_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     d_bias = tl.zeros((BLOCK_D,), tl.float32)
-    full = steps // U
-    if full > 0:
-        us = load_rows(u, ON * U_TIME, exists, U, True, EVEN)
-        deltas = load_rows(delta, ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN)
-        zs = load_rows(z, ON * Z_TIME, exists, U, HAS_Z, EVEN)
-        dys = load_rows(dy, ON * DY_TIME, exists, U, True, EVEN)
-        highs = load_rows(terms, ON * Y_TIME, exists, U, True, EVEN)
-        lows = load_rows(rest, ON * Y_TIME, exists, U, SPLIT, EVEN)
-        Bs = load_matrix(B, ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
-        Cs = load_matrix(C, ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
-        for m in range(full):
-            t = tl.minimum(m + 1, full - 1) * U
-            next_us = load_rows(u + t * (ON * U_TIME), ON * U_TIME, exists, U, True, EVEN)
-            next_deltas = load_rows(
-                delta + t * (ON * DELTA_TIME), ON * DELTA_TIME, exists, U, DELTA_ROWS, EVEN
+    if steps > 0:
+        u_row = load_row(u, exists, EVEN)
+        delta_row = load_row(delta, exists, EVEN) if DELTA_ROWS else raw
+        z_row = load_row(z, exists, EVEN) if HAS_Z else 0.0
+        dy_row = load_row(dy, exists, EVEN)
+        high = load_row(terms, exists, EVEN)
+        low = load_row(rest, exists, EVEN) if SPLIT else 0.0
+        B_row = load_states(B, states, n, EVEN) if B_ROWS else 0.0
+        C_row = load_states(C, states, n, EVEN) if C_ROWS else 0.0
+        for at in range(steps):
+            t = tl.minimum(at + 1, steps - 1)
+            next_u = load_row(u + t * (ON * U_TIME), exists, EVEN)
+            next_delta = load_row(delta + t * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
+            next_z = load_row(z + t * (ON * Z_TIME), exists, EVEN) if HAS_Z else 0.0
+            next_dy = load_row(dy + t * (ON * DY_TIME), exists, EVEN)
+            next_high = load_row(terms + t * (ON * Y_TIME), exists, EVEN)
+            next_low = load_row(rest + t * (ON * Y_TIME), exists, EVEN) if SPLIT else 0.0
+            next_B = load_states(B + t * (ON * MATRIX_TIME), states, n, EVEN) if B_ROWS else 0.0
+            next_C = load_states(C + t * (ON * MATRIX_TIME), states, n, EVEN) if C_ROWS else 0.0
+
+            wide = u_row.to(tl.float32)
+            raw_now = delta_row.to(tl.float32) + bias
+            dt = softplus(raw_now) if SOFTPLUS else raw_now
+            grad, _ = _split_gate(dy_row, z_row, HAS_Z)
+            B_now = B_row[None, :] if B_ROWS else B_tile
+            C_now = C_row[None, :] if C_ROWS else C_tile
+            decay, G, summed, held, through, by_gain = _sweep_backward(
+                G, wide, dt, grad, B_now, C_now, A2, ZOH
             )
-            next_zs = load_rows(z + t * (ON * Z_TIME), ON * Z_TIME, exists, U, HAS_Z, EVEN)
-            next_dys = load_rows(dy + t * (ON * DY_TIME), ON * DY_TIME, exists, U, True, EVEN)
-            next_highs = load_rows(terms + t * (ON * Y_TIME), ON * Y_TIME, exists, U, True, EVEN)
-            next_lows = load_rows(rest + t * (ON * Y_TIME), ON * Y_TIME, exists, U, SPLIT, EVEN)
-            next_Bs = load_matrix(B + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
-            next_Cs = load_matrix(C + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, C_ROWS, EVEN)
-            wides, dts, grads, slopes = (), (), (), ()
-            for k in tl.static_range(U):
-                raw_now = (deltas[k] if DELTA_ROWS else raw).to(tl.float32) + bias
-                wides = wides + (us[k].to(tl.float32),)  # noqa: RUF005
-                dts = dts + ((softplus(raw_now) if SOFTPLUS else raw_now),)  # noqa: RUF005
-                slopes = slopes + ((sigmoid(raw_now) if SOFTPLUS else 1.0),)  # noqa: RUF005
-                grads = grads + (_split_gate(dys[k], zs[k], HAS_Z)[0],)  # noqa: RUF005
-            for k in tl.static_range(U):
-                B_now = Bs[k][None, :] if B_ROWS else B_tile
-                C_now = Cs[k][None, :] if C_ROWS else C_tile
-                decay, G, summed, held, through, by_gain = _sweep_backward(
-                    G, wides[k], dts[k], grads[k], B_now, C_now, A2, ZOH
+            # what follows the last step is in the flow that it begins with
+            flow += _join(high, low, SPLIT) - tl.where(at > 0, through, 0.0)
+            d_raw = flow + by_gain
+            if SOFTPLUS:
+                d_raw *= sigmoid(raw_now)
+            d_bias += d_raw
+            store_row(du + at * (ON * Y_TIME), held + (skip * grad if HAS_D else 0.0), exists, EVEN)
+            if DELTA_ROWS:
+                store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
+            if B_ROWS:
+                _store_sums(
+                    dB + at * (ON * MATRIX_TIME), summed, states, n, stride, WARPS, MMA, OPERAND, EVEN
                 )
-                # what follows the last step is in the flow that it begins with
-                flow += _join(highs[k], lows[k], SPLIT) - tl.where(m + k > 0, through, 0.0)
-                d_raw = (flow + by_gain) * slopes[k]
-                d_bias += d_raw
-                at = m * U + k
-                store_row(du + at * (ON * Y_TIME), held + (skip * grads[k] if HAS_D else 0.0), exists, EVEN)
-                if DELTA_ROWS:
-                    store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
-                if B_ROWS:
-                    _store_sums(
-                        dB + at * (ON * MATRIX_TIME), summed, states, n, stride, WARPS, MMA, OPERAND, EVEN
-                    )
-                else:
-                    dB_tile += summed
-                G = decay * G
-            us, deltas, zs, dys, Bs, Cs = next_us, next_deltas, next_zs, next_dys, next_Bs, next_Cs
-            highs, lows = next_highs, next_lows
-    for at in range(full * U, steps):
-        row_now = load_row(delta + at * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
-        raw_now = row_now.to(tl.float32) + bias
-        u_now = load_row(u + at * (ON * U_TIME), exists, EVEN).to(tl.float32)
-        z_now = load_rows(z + at * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
-        grad, _ = _split_gate(load_row(dy + at * (ON * DY_TIME), exists, EVEN), z_now, HAS_Z)
-        B_row = load_matrix(B + at * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
-        C_row = load_matrix(C + at * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
-        high = load_row(terms + at * (ON * Y_TIME), exists, EVEN)
-        low = load_rows(rest + at * (ON * Y_TIME), 0, exists, 1, SPLIT, EVEN)[0]
-        dt = softplus(raw_now) if SOFTPLUS else raw_now
-        decay, G, summed, held, through, by_gain = _sweep_backward(
-            G, u_now, dt, grad, B_row[None, :] if B_ROWS else B_tile,
-            C_row[None, :] if C_ROWS else C_tile, A2, ZOH,
-        )  # fmt: skip
-        flow += _join(high, low, SPLIT) - tl.where(at > 0, through, 0.0)
-        d_raw = flow + by_gain
-        if SOFTPLUS:
-            d_raw *= sigmoid(raw_now)
-        d_bias += d_raw
-        store_row(du + at * (ON * Y_TIME), held + (skip * grad if HAS_D else 0.0), exists, EVEN)
-        if DELTA_ROWS:
-            store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
-        if B_ROWS:
-            _store_sums(dB + at * (ON * MATRIX_TIME), summed, states, n, stride, WARPS, MMA, OPERAND, EVEN)
-        else:
-            dB_tile += summed
-        G = decay * G
+            else:
+                dB_tile += summed
+            G = decay * G
+            u_row, delta_row, z_row, dy_row, B_row, C_row = (
+                next_u,
+                next_delta,
+                next_z,
+                next_dy,
+                next_B,
+                next_C,
+            )
+            high, low = next_high, next_low
     sums = sums_ptr + i.to(tl.int64) * (n + 2) * d
     store_row(sums + (n + 1) * d + channels, d_bias, exists, EVEN)
     if not B_ROWS:

@@ -2,7 +2,8 @@
 
 A program holds a tile (BLOCK_D, N), some channels with all their states, in the registers of its warps. It walks over a
 chunk of time in groups of U steps, whose loads are under way while the group before is worked on; what does not
-fill a group at the end of a chunk is walked over a step at a time. Strides are compile-time constants, so that an
+fill a group at the end of a chunk is walked over a step at a time, and the sweeps of the backward, whose registers are
+full, take one step at a time throughout. Strides are compile-time constants, so that an
 address is a base and an offset in the instruction: they are a model's widths, never its lengths.
 """
 
@@ -104,6 +105,14 @@ def store_row(ptr, value, exists, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_states(ptr, states, n, EVEN: tl.constexpr):
+    """B or C (N,) at a step."""
+    if EVEN:
+        return tl.load(ptr + states)
+    return tl.load(ptr + states, mask=states < n, other=0.0)
+
+
+@triton.jit
 def load_rows(ptr, STRIDE: tl.constexpr, exists, U: tl.constexpr, WANTED: tl.constexpr, EVEN: tl.constexpr):
     """The rows of U steps; zeros, which cost nothing, where they are not wanted."""
     rows = ()
@@ -119,9 +128,5 @@ def load_matrix(
     """B or C (N,) at U steps."""
     rows = ()
     for k in tl.static_range(U):
-        if WANTED:
-            at = ptr + k * STRIDE + states
-            rows = rows + ((tl.load(at) if EVEN else tl.load(at, mask=states < n, other=0.0)),)  # noqa: RUF005
-        else:
-            rows = rows + (0.0,)  # noqa: RUF005
+        rows = rows + ((load_states(ptr + k * STRIDE, states, n, EVEN) if WANTED else 0.0),)  # noqa: RUF005
     return rows

@@ -20,6 +20,7 @@ _TRAINING = {
     "validate": "measure a run's best checkpoint",
     "test": "measure a run's best checkpoint on its test split",
     "predict": "write what a run's best checkpoint says of each held-out sequence",
+    "baseline": "what simple models reach on a recipe's data",
 }
 _FLAGS = ("generate", "bench", "info")
 
@@ -66,7 +67,11 @@ def _run(given: list[str]) -> int:
     copying.add_argument("recipe")
     copying.add_argument("path", nargs="?", help="where to; the recipe's own name by default")
     for verb, summary in _TRAINING.items():
-        what = "a packaged recipe, a YAML file, or a run folder" if verb == "fit" else "a run folder"
+        what = (
+            "a packaged recipe, a YAML file, or a run folder"
+            if verb in ("fit", "baseline")
+            else "a run folder"
+        )
         _with_overrides(verbs.add_parser(verb, help=summary), what)
     modules: dict[str, Any] = {}
     for verb in _FLAGS:

@@ -1,4 +1,4 @@
-"""The verbs that run a recipe through the trainer: fit, resume, validate, test, predict."""
+"""The verbs that run a recipe through the trainer: fit, resume, validate, test, predict, baseline."""
 
 import json
 import logging
@@ -99,6 +99,22 @@ def predict(name: str, overrides: list[str]) -> int:
     output = Path(str(launch.trainer.default_root_dir)) / "predictions.jsonl"
     write_whole(output, lambda file: file.write("\n".join([*lines, ""]).encode()))
     print(f"{len(lines)} predictions in {output}")
+    return 0
+
+
+def baseline(name: str, overrides: list[str]) -> int:
+    """Print what simple models reach on a recipe's own data, as they are computed."""
+    recipe = find(name)
+    config = compose(recipe, overrides)
+    config.pop("name", None)
+    launch = Launch(config)
+    _prepare(launch)
+    found = False
+    for what, value in launch.datamodule.baselines():
+        found = True
+        print(f"{value:8.4f}  {what}", flush=True)
+    if not found:
+        raise ValueError(f"{recipe.name}: nothing simple is known to compare with on this data")
     return 0
 
 

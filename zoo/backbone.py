@@ -13,18 +13,13 @@ from .config import BackboneConfig
 from .strands import join_strands, split_strands
 
 
-class Backbone(nn.Module):
-    """Map x (b, l, d_model) to y (b, l, d_model), causally; the state is a list, a layer's state each.
-
-    A bidirectional one sees both sides and has no state. With reverse_complement x and y are (b, l, 2 d_model), the two
-    strands side by side (strands.py), and the reverse complement of x is mapped to that of y.
-    """
+class Blocks(nn.Module):
+    """Blocks in a row on one residual stream; what the last of them adds comes apart from the stream."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Block(mixer, config) for mixer in config.mixers)
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self._scale_residual_projections()
 
     @torch.no_grad()
@@ -40,6 +35,53 @@ class Backbone(nn.Module):
     def blocks(self) -> Iterator[Block]:
         return iter(self.layers)  # type: ignore[arg-type]
 
+    def stream(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, list[Any] | None]:
+        """Add x (b, l, d_model) to the stream; return the same pair after the blocks and, if one came in, the state."""
+        states = []
+        for i, layer in enumerate(self.blocks):
+            before = None if state is None else state[i]
+            if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x, residual, after = checkpoint(layer, x, residual, before, cu_seqlens, use_reentrant=False)
+            else:
+                x, residual, after = layer(x, residual, before, cu_seqlens)
+            states.append(after)
+        assert residual is not None
+        return x, residual, None if state is None else states
+
+    def stream_step(
+        self, x: Tensor, residual: Tensor | None, state: list[Any]
+    ) -> tuple[Tensor, Tensor, list[Any]]:
+        """The same for one token x (b, d_model); the state is moved on in place."""
+        for i, layer in enumerate(self.blocks):
+            x, residual, state[i] = layer.step(x, residual, state[i])
+        assert residual is not None
+        return x, residual, state
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        """The state before the first token of `batch` sequences."""
+        return [layer.mixer.init_state(batch, device, dtype) for layer in self.blocks]
+
+
+class Backbone(Blocks):
+    """Map x (b, l, d_model) to y (b, l, d_model), causally; the state is a list, a layer's state each.
+
+    A bidirectional one sees both sides and has no state. With reverse_complement x and y are (b, l, 2 d_model), the two
+    strands side by side (strands.py), and the reverse complement of x is mapped to that of y.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
     def forward(
         self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, list[Any] | None]:
@@ -52,34 +94,24 @@ class Backbone(nn.Module):
         strands, packed = self.config.reverse_complement, cu_seqlens is not None
         if strands:
             x, cu_seqlens = split_strands(x, cu_seqlens)
-        residual, states = None, []
-        for i, layer in enumerate(self.blocks):
-            before = None if state is None else state[i]
-            if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x, residual, after = checkpoint(layer, x, residual, before, cu_seqlens, use_reentrant=False)
-            else:
-                x, residual, after = layer(x, residual, before, cu_seqlens)
-            states.append(after)
+        x, residual, state = self.stream(x, state=state, cu_seqlens=cu_seqlens)
         y, _ = self.norm_f(x, residual)
         if strands:
             y = join_strands(y, packed=packed)
-        return y, None if state is None else states
+        return y, state
 
     def step(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """Map one token x (b, d_model); the state is moved on in place."""
         self._require_a_state()
-        residual = None
-        for i, layer in enumerate(self.blocks):
-            x, residual, state[i] = layer.step(x, residual, state[i])
+        x, residual, state = self.stream_step(x, None, state)
         y, _ = self.norm_f(x, residual)
         return y, state
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> list[Any]:
-        """The state before the first token of `batch` sequences."""
         self._require_a_state()
-        return [layer.mixer.init_state(batch, device, dtype) for layer in self.blocks]
+        return super().init_state(batch, device, dtype)
 
     def _require_a_state(self) -> None:
         if not self.config.causal:

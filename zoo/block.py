@@ -1,5 +1,6 @@
 """One layer: normalise the residual stream, mix along time, add; then, where there is one, the same with an MLP."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .bidirectional import Bidirectional
 from .config import BackboneConfig
 from .mamba import Mamba
 from .mixer import Mixer
+from .s4d import S4D
 
 
 def build_mixer(name: str, config: BackboneConfig) -> Mixer:
@@ -22,7 +24,11 @@ def build_mixer(name: str, config: BackboneConfig) -> Mixer:
 
 
 def _build_one(name: str, config: BackboneConfig) -> Mixer:
-    return {"mamba": lambda: Mamba(config.d_model, config.mamba)}[name]()
+    builders: dict[str, Callable[[], Mixer]] = {
+        "mamba": lambda: Mamba(config.d_model, config.mamba),
+        "s4d": lambda: S4D(config.d_model, config.s4d),
+    }
+    return builders[name]()
 
 
 class RMSNorm(nn.Module):

@@ -13,24 +13,28 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-from .backbone import Backbone
 from .config import BackboneConfig, nearest
-from .frontends import TokenEmbedding
+from .frontends import Patches, TokenEmbedding
 from .heads import POOLINGS, pool
 from .strands import complement_table, reverse_complement
 from .task import Batch, Task
+from .unet import build_backbone
 
 
 class SequenceClassifier(Task):
     """A class for each of inputs (b, l), which labels (b,) name; lengths (b,) says where padding at the end begins.
 
-    Embedding and backbone carry the names they have in a GenomeModel or LanguageModel, so that a pretrained one fits.
+    Inputs are tokens or, of samples of sound and the like, numbers (b, l, features). Embedding and backbone carry the
+    names they have in a GenomeModel or LanguageModel, so that a pretrained one fits.
     Sequences never see their padding.
 
     Args:
-        backbone: the fields of BackboneConfig, or {"size": "mamba-1.4m"} and what differs from it.
-        vocab_size, num_classes, complement: a recipe leaves these to the data module; complement is needed for a
-            backbone that reads both strands and for average_strands.
+        backbone: the fields of BackboneConfig, or {"size": "mamba-1.4m"} and what differs from it; or, with `pool`,
+            those of UNetConfig.
+        vocab_size, num_classes, complement: a recipe leaves these to the data module; vocab_size is null where inputs
+            are numbers; complement is needed for a backbone that reads both strands and for average_strands.
+        features: how many numbers an input has.
+        patch: how many neighbouring inputs the backbone sees as one vector.
         pooling: masked (the mean over a sequence's own positions), mean (over its padding too), or last.
         class_weights: what a sequence of each class counts in the loss.
         average_strands: when measuring and predicting, average the logits of a sequence and its reverse complement
@@ -45,9 +49,11 @@ class SequenceClassifier(Task):
     def __init__(
         self,
         backbone: dict[str, Any],
-        vocab_size: int,
+        vocab_size: int | None,
         num_classes: int,
         complement: list[int] | None = None,
+        features: int = 1,
+        patch: int = 1,
         pooling: str = "masked",
         class_weights: list[float] | None = None,
         average_strands: bool = False,
@@ -57,6 +63,12 @@ class SequenceClassifier(Task):
         config = BackboneConfig.from_dict(backbone, "model.backbone")
         if num_classes < 2:
             raise ValueError(f"model.num_classes: must be 2 or more, not {num_classes}")
+        if patch < 1 or features < 1:
+            raise ValueError(f"model.patch, model.features: must be 1 or more, not {patch} and {features}")
+        if config.reverse_complement and (patch > 1 or vocab_size is None):
+            raise ValueError(
+                "model.backbone.reverse_complement: is for one base after the other; leave out model.patch"
+            )
         if pooling not in POOLINGS:
             raise ValueError(
                 f"model.pooling: must be one of {', '.join(POOLINGS)}, not {pooling!r}{nearest(pooling, POOLINGS)}"
@@ -71,6 +83,8 @@ class SequenceClassifier(Task):
                 "vocab_size": vocab_size,
                 "num_classes": num_classes,
                 "complement": complement,
+                "features": features,
+                "patch": patch,
                 "pooling": pooling,
                 "class_weights": class_weights,
                 "average_strands": average_strands,
@@ -79,15 +93,20 @@ class SequenceClassifier(Task):
             logger=False,
         )
         self.pooling, self.average_strands = pooling, average_strands
-        both = config.reverse_complement or average_strands
-        table = complement_table(complement, vocab_size) if both else None
+        table = None
+        if config.reverse_complement or average_strands:
+            table = complement_table(complement, vocab_size or 0)
         self.register_buffer("complement", table, persistent=False)
         weights = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        self.embedding = TokenEmbedding(
-            vocab_size, config.d_model, table if config.reverse_complement else None
-        )
-        self.backbone = Backbone(config)
+        self.embedding: TokenEmbedding | None = None
+        if vocab_size is not None:
+            strands = table if config.reverse_complement else None
+            self.embedding = TokenEmbedding(vocab_size, config.d_model, strands)
+        self.patches: Patches | None = None
+        if patch > 1 or vocab_size is None:
+            self.patches = Patches(features if vocab_size is None else config.d_model, patch, config.d_model)
+        self.backbone = build_backbone(config)
         self.classifier = nn.Linear(config.d_model, num_classes)
         self.loss = MeanMetric().set_dtype(torch.float64)
         self.confusion = MulticlassConfusionMatrix(num_classes)
@@ -99,13 +118,19 @@ class SequenceClassifier(Task):
         """Logits (b, num_classes) of inputs (b, l), of which the first lengths (b,) count."""
         # padding that is pooled is part of the sequence
         lengths = None if self.pooling == "mean" else lengths
-        x, config = self.embedding(inputs), self.backbone.config
+        x, config = inputs if self.embedding is None else self.embedding(inputs), self.backbone.config
+        if self.patches is not None:
+            if lengths is not None:
+                # one that the end falls into has nothing behind it
+                inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+                x, lengths = x * inside.unsqueeze(-1), -(-lengths // self.patches.size)
+            x = self.patches(x)
         if lengths is None or config.causal:
             y, _ = self.backbone(x)
         else:
             # what is read from its end must not start in the padding: that is a sequence of its own
-            y, _ = self.backbone(x.flatten(0, 1)[None], cu_seqlens=_bounds(lengths, inputs.shape[1]))
-            y = y.view(*inputs.shape[:2], -1)
+            y, _ = self.backbone(x.flatten(0, 1)[None], cu_seqlens=_bounds(lengths, x.shape[1]))
+            y = y.view(*x.shape[:2], -1)
         return self.classifier(pool(y, self.pooling, lengths, strands=config.reverse_complement))
 
     def predict(self, batch: Batch) -> Tensor:

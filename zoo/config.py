@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -82,12 +83,40 @@ class MambaConfig(Config):
 
 
 @dataclass(frozen=True)
+class S4DConfig(Config):
+    """The time-invariant mixer (S4D, 2206.11893), the control beside the selective one."""
+
+    # mamba: the Mamba block with S4D for its scan; s4: the layer of S4 and SaShiMi (2202.09729), without a convolution,
+    # on d_model channels, to which their feed-forward is the backbone's d_mlp
+    block: str = "mamba"
+    # real numbers in the state of a channel; a complex one is two. S4D and SaShiMi have 64
+    d_state: int = 16
+    # s4d-lin: -1/2 + pi n i; s4d-inv: -1/2 + N/pi (N/(2n + 1) - 1) i; s4d-real: -(n + 1), the only real one (table 1)
+    a_init: str = "s4d-lin"
+    d_conv: int = 4
+    expand: int = 2
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    discretization: str = "zoh"
+
+    def __post_init__(self) -> None:
+        _one_of("s4d.block", self.block, ("mamba", "s4"))
+        _one_of("s4d.a_init", self.a_init, ("s4d-lin", "s4d-inv", "s4d-real"))
+        _one_of("s4d.discretization", self.discretization, ("euler", "zoh"))
+        _positive("s4d", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
+        if self.a_init != "s4d-real" and self.d_state % 2:
+            raise ValueError(
+                f"s4d.d_state: must be even for the complex A of {self.a_init}, not {self.d_state}"
+            )
+
+
+@dataclass(frozen=True)
 class BackboneConfig(Config):
     """A row of blocks: their number and width, and which mixer each has."""
 
     d_model: int = 768
     n_layers: int = 24
-    # mixers in the order of the layers, repeated to n_layers: "mamba", "mamba*7 + attention"
+    # mixers in the order of the layers, repeated to n_layers: "mamba", "s4d*2 + mamba"
     pattern: str = "mamba"
     # width of the gated MLP after every mixer; 0 is none, as in Mamba
     d_mlp: int = 0
@@ -99,6 +128,7 @@ class BackboneConfig(Config):
     # recompute each block in the backward: less memory, a third more time
     checkpoint_activations: bool = False
     mamba: MambaConfig = field(default_factory=MambaConfig)
+    s4d: S4DConfig = field(default_factory=S4DConfig)
 
     def __post_init__(self) -> None:
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
@@ -129,15 +159,72 @@ class BackboneConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "backbone") -> Self:
-        """Build from plain values; `size` names a row of SIZES that the other values override."""
+        """Build from plain values; `size` names a row of SIZES that the other values override.
+
+        With `pool` among them it is a U-Net's config.
+        """
+        if "pool" in values and cls is BackboneConfig:
+            return UNetConfig.from_dict(values, where)  # type: ignore[return-value]
         return super().from_dict(_unfold(values, where), where)
 
     @classmethod
     def problems(cls, values: dict[str, Any], where: str = "backbone") -> list[str]:
+        if "pool" in values and cls is BackboneConfig:
+            return UNetConfig.problems(values, where)
         return super().problems(_unfold(values, where), where)
 
 
-MIXERS = ("mamba",)
+@dataclass(frozen=True)
+class UNetConfig(BackboneConfig):
+    """Stages of blocks at falling rates and back (unet.py); every other value is that of each stage's backbone.
+
+    `d_model` is the width of the outermost stage, `n_layers` are those of one stage.
+    """
+
+    d_model: int = 64
+    n_layers: int = 8
+    # how many positions of a stage the next inner one has as one
+    pool: tuple[int, ...] = (4, 4)
+    # what the width, and that of MLPs, grows by from a stage to the next inner one
+    widen: int = 2
+    # what is different in a stage, from the outermost to the innermost: [{pattern: s4d}] is outside alone,
+    # [{}, {}, {d_mlp: 0}] in the third
+    stages: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal:
+            raise ValueError(
+                "backbone.pool: a U-Net steps from sample to sample; leave out bidirectional and reverse_complement"
+            )
+        if not self.pool or min(self.pool) < 2:
+            raise ValueError(f"backbone.pool: must be factors of 2 or more, not {list(self.pool)}")
+        _positive("backbone", self, "widen")
+        if len(self.stages) > len(self.pool) + 1:
+            raise ValueError(
+                f"backbone.stages: there are {len(self.pool) + 1} for these factors of pool, not {len(self.stages)}"
+            )
+        for i in range(len(self.pool) + 1):
+            _ = self.stage(i)
+
+    @property
+    def period(self) -> int:
+        """After how many positions the innermost stage has moved on by one."""
+        return math.prod(self.pool)
+
+    def stage(self, i: int) -> BackboneConfig:
+        """What stage i is made of; 0 is the outermost."""
+        values = self.to_dict()
+        for name in ("pool", "widen", "stages"):
+            del values[name]
+        for name in ("d_model", "d_mlp"):
+            values[name] *= self.widen**i
+        for name, value in (self.stages[i] if i < len(self.stages) else {}).items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
+        return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
+
+
+MIXERS = ("mamba", "s4d")
 
 # the released state-spaces models, and below them the widths of the paper's DNA models (table 13)
 SIZES: dict[str, dict[str, int]] = {
@@ -207,7 +294,9 @@ def _fits(hint: Any, value: Any) -> bool:
         return all(_fits(kinds[0], item) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    return isinstance(value, typing.get_origin(hint) or hint) and not (
+        hint is int and isinstance(value, bool)
+    )
 
 
 def _describe(hint: Any) -> str:
@@ -222,8 +311,9 @@ def _describe(hint: Any) -> str:
         float: "a number",
         str: "text",
         bool: "true or false",
+        dict: "a section of keys",
         types.NoneType: "null",
-    }[hint]
+    }[typing.get_origin(hint) or hint]
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:

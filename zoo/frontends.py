@@ -29,3 +29,17 @@ class TokenEmbedding(nn.Module):
         if self.complement is None:
             return x
         return torch.cat([x, F.embedding(self.complement[tokens], self.weight)], dim=-1)
+
+
+class Patches(nn.Linear):
+    """A vector for every `size` neighbours: (b, l, d) to (b, l / size, d_out), rounded up; zeros fill the last one."""
+
+    def __init__(self, d: int, size: int, d_out: int) -> None:
+        super().__init__(size * d, d_out)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = -x.shape[1] % self.size
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        return super().forward(x.unflatten(1, (-1, self.size)).flatten(2).to(self.weight.dtype))

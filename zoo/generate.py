@@ -2,7 +2,8 @@
 
 Prompts of any lengths go through one packed forward; then every sequence takes a step at a time. Each has its
 own random numbers, so that it is continued in a batch exactly as it would be alone. On a GPU a step, drawing included,
-is one CUDA graph, and the next is under way before the host has read what the last one drew.
+is one CUDA graph, and the next is under way before the host has read what the last one drew. A model whose steps take
+turns, as those of a U-Net do, has a number for its turn in the list of its states, and a graph for each.
 """
 
 from collections import deque
@@ -59,11 +60,13 @@ def generate(
     *,
     stop: int | None = None,
     seeds: list[int] | None = None,
+    state: list[Any] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts of token ids; yield the next token of each, None for those that have ended.
 
     A sequence ends after `max_new_tokens`, or when it draws `stop`, which is not yielded. seeds gives each
-    sequence its own; without them all have that of `sampling`.
+    sequence its own; without them all have that of `sampling`. state is that before the prompts, where it is not the
+    one that model.init_state gives by itself.
 
     Raises:
         ValueError: when there is no prompt, one is empty or holds a token outside the vocabulary, or seeds are too
@@ -80,14 +83,8 @@ def generate(
         raise ValueError(f"seeds: give one for each of the {len(prompts)} prompts, not {len(seeds)}")
     if max_new_tokens < 1:
         return
-    # the numbers of each sequence are drawn apart, so that none depends on its neighbours
-    draws = torch.stack(
-        [
-            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for seed in (seeds if seeds is not None else [sampling.seed] * len(prompts))
-        ]
-    )
-    writer = Writer(model, prompts, sampling, draws)
+    seeds = seeds if seeds is not None else [sampling.seed] * len(prompts)
+    writer = Writer(model, prompts, sampling, seeds, state)
     going = [True] * len(prompts)
     for chosen in _read_behind(writer, max_new_tokens):
         going = [alive and token != stop for alive, token in zip(going, chosen, strict=True)]
@@ -100,11 +97,19 @@ class Writer:
     """Sequences that are continued by a token at a time, on tensors that stay where they are.
 
     Each call of `advance` moves the model on by `tokens` (b,) and draws the next ones into it. Where a step only
-    changes tensors in place, a GPU runs it from the second call on as a graph, captured once.
+    changes tensors in place, a GPU runs it as a graph from the second time on, captured once for each turn.
     """
 
+    # random numbers of a sequence that are drawn at once
+    BLOCK = 1024
+
     def __init__(
-        self, model: TokenModel, prompts: list[list[int]], sampling: Sampling, draws: Tensor
+        self,
+        model: TokenModel,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: list[int],
+        state: list[Any] | None = None,
     ) -> None:
         self.model, self.sampling, device = model, sampling, model.device
         # steps that are under way before the first is read: a GPU is never kept waiting, a CPU gains nothing
@@ -112,33 +117,50 @@ class Writer:
         self.seen = torch.zeros(len(prompts), model.head.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(self.seen, prompts, strict=True):
             row[torch.tensor(prompt, device=device)] = True
-        self.draws, self.drawn = draws.to(device), torch.zeros(1, dtype=torch.long, device=device)
+        # the numbers of each sequence are drawn apart, so that none depends on its neighbours
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.draws = torch.empty(len(prompts), self.BLOCK, dtype=torch.float64, device=device)
+        self.drawn, self._left = torch.zeros(1, dtype=torch.long, device=device), 0
         self.tokens = torch.empty(len(prompts), dtype=torch.long, device=device)
-        self._step: Callable[[], object] | None = None
-        logits, self.state = prefill(model, prompts)
+        # by turn: the step, once it has been taken, and the state after it
+        self._steps: dict[tuple[int, ...], tuple[Callable[[], object] | None, list[Any]]] | None = {}
+        logits, self.state = prefill(model, prompts, state)
+        self._refill()
         self._draw(logits)
 
     def advance(self) -> None:
         """Draw the next tokens."""
-        if self._step is not None:
-            self._step()
-        elif self._move_on():
-            # that run has compiled and loaded what a capture must find ready
-            self._step = repeatable(self._move_on, self.tokens.device)
-        else:
-            self._step = self._move_on
+        self._refill()
+        if self._steps is None:
+            self._move_on()
+            return
+        turn = tuple(part for part in self.state if isinstance(part, int))
+        if turn not in self._steps:
+            # this run compiles and loads what a capture must find ready
+            if self._move_on():
+                self._steps[turn] = None, self.state
+            else:
+                self._steps = None
+            return
+        step, after = self._steps[turn]
+        if step is None:
+            before = self.state
+            step = repeatable(self._move_on, self.tokens.device)
+            self._steps[turn], self.state = (step, after), before
+        step()
+        self.state = after
 
     def _move_on(self) -> bool:
         """Take a step; return whether the state has kept its shape, so that it stays where it is."""
-        state, kept = self.state, list(leaves(self.state))
+        state, kept = self.state, _tensors(self.state)
         logits, self.state = self.model.step(self.tokens, list(state))
-        moved = list(leaves(self.state))
+        moved = _tensors(self.state)
         fixed = len(kept) == len(moved) and all(
             isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
             for a, b in zip(kept, moved, strict=True)
         )
         if fixed:
-            self.state = state
+            self.state = [b if isinstance(b, int) else a for a, b in zip(state, self.state, strict=True)]
             for a, b in zip(kept, moved, strict=True):
                 if a is not b:
                     a.copy_(b)
@@ -150,6 +172,15 @@ class Writer:
         self.tokens.copy_(sample(logits, draw, self.sampling, self.seen))
         self.seen.scatter_(1, self.tokens.unsqueeze(1), True)
         self.drawn += 1
+
+    def _refill(self) -> None:
+        """Have a random number for the next token of every sequence."""
+        if not self._left:
+            rows = [torch.rand(self.BLOCK, generator=one, dtype=torch.float64) for one in self._generators]
+            self.draws.copy_(torch.stack(rows))
+            self.drawn.zero_()
+            self._left = self.BLOCK
+        self._left -= 1
 
 
 def repeatable(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -171,6 +202,11 @@ def leaves(state: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield state
+
+
+def _tensors(state: list[Any]) -> list[Any]:
+    """What a state holds but for the numbers in its list."""
+    return list(leaves([part for part in state if not isinstance(part, int)]))
 
 
 def _read_behind(writer: Writer, count: int) -> Iterator[list[int]]:
@@ -201,7 +237,9 @@ def _fetch(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def prefill(model: TokenModel, prompts: list[list[int]]) -> tuple[Tensor, list[object]]:
+def prefill(
+    model: TokenModel, prompts: list[list[int]], state: list[Any] | None = None
+) -> tuple[Tensor, list[Any]]:
     """Read all prompts in one packed forward; return the logits after each (s, vocab_size) and the state."""
     device = model.device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -210,11 +248,8 @@ def prefill(model: TokenModel, prompts: list[list[int]]) -> tuple[Tensor, list[o
     # outside of inference mode, so that it is looked at once and not in every layer
     with torch.inference_mode(False):
         cu_seqlens = torch.tensor([0, *lengths.cumsum(0).tolist()], dtype=torch.int32, device=device)
-    y, state = model.backbone(
-        model.embedding(tokens),
-        state=model.init_state(len(prompts)),
-        cu_seqlens=cu_seqlens,
-    )
+    before = model.init_state(len(prompts)) if state is None else state
+    y, state = model.mix(tokens, state=before, cu_seqlens=cu_seqlens)
     assert state is not None
     # only the last position of each prompt is read out
     return model.head(y[0, (bounds[1:] - 1).to(device)]), state

@@ -8,7 +8,7 @@ Parameters carry the reference implementation's names and initial values, so tha
 """
 
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ class MambaState(NamedTuple):
 
 class Mamba(Mixer):
     """A selective state space model over d_inner = expand * d_model channels."""
+
+    in_proj: nn.Linear
+    out_proj: nn.Linear
 
     def __init__(self, d_model: int, config: MambaConfig) -> None:
         super().__init__()
@@ -60,7 +63,6 @@ class Mamba(Mixer):
             self.A_imag = nn.Parameter(torch.empty(self.d_inner, self.n))
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
-        self._kept_A: tuple[list[tuple[int, int]], Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -92,10 +94,9 @@ class Mamba(Mixer):
                 nn.init.constant_(self.dt_proj.weight, spread)
             else:
                 nn.init.uniform_(self.dt_proj.weight, -spread, spread)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        step = torch.exp(torch.rand(self.d_inner) * (high - low) + low).clamp(min=config.dt_floor)
-        # the inverse of softplus
-        self.delta_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.delta_bias.copy_(
+            steps_before_softplus(self.d_inner, config.dt_min, config.dt_max, config.dt_floor)
+        )
 
     @property
     def delta_bias(self) -> Tensor:
@@ -104,23 +105,11 @@ class Mamba(Mixer):
     @property
     def A(self) -> Tensor:
         """The diagonal of the state matrix (d_inner, n): negative real parts, at least float32."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._compute_A()
-        # a token's step has time for little else: what the weights give is kept while they stay
-        weights = [self.A_log, self.A_imag] if self.complex else [self.A_log]
-        state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-        if self._kept_A is None or self._kept_A[0] != state:
-            self._kept_A = (state, self._compute_A())
-        return self._kept_A[1]
-
-    def train(self, mode: bool = True) -> Self:
-        # training may change weights where no version counts it, in a captured graph
-        self._kept_A = None
-        return super().train(mode)
+        return self.keep([self.A_log, *([self.A_imag] if self.complex else [])], self._compute_A)
 
     def _compute_A(self) -> Tensor:
-        real = -torch.exp(_full(self.A_log))
-        return torch.complex(real, _full(self.A_imag).expand_as(real)) if self.complex else real
+        real = -torch.exp(full(self.A_log))
+        return torch.complex(real, full(self.A_imag).expand_as(real)) if self.complex else real
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the input chooses, delta (..., d_inner) before its bias, B and C (..., n), or their constants."""
@@ -138,7 +127,7 @@ class Mamba(Mixer):
     def _matrix(self, name: str, chosen: dict[str, Tensor]) -> Tensor:
         matrix = chosen[name] if name in chosen else self.get_parameter(name)
         if self.complex:
-            return torch.view_as_complex(_full(matrix).unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_complex(full(matrix).unflatten(-1, (-1, 2)).contiguous())
         return matrix
 
     def forward(
@@ -213,6 +202,13 @@ class Mamba(Mixer):
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.n, device=device, dtype=ssm_dtype))
 
 
-def _full(x: Tensor) -> Tensor:
+def steps_before_softplus(d: int, low: float, high: float, floor: float = 0.0) -> Tensor:
+    """Steps (d,), log-uniform from low to high, of which softplus is still to be taken."""
+    start, end = math.log(low), math.log(high)
+    step = torch.exp(torch.rand(d) * (end - start) + start).clamp(min=floor)
+    return step + torch.log(-torch.expm1(-step))
+
+
+def full(x: Tensor) -> Tensor:
     """At least float32, as the state space is, whatever the weights are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

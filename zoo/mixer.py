@@ -1,16 +1,23 @@
 """The one face of everything that mixes along time."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Mixer(nn.Module):
     """Mix x (b, l, d_model) along l, causally. `step` repeated over l equals `forward`."""
 
-    in_proj: nn.Linear
-    out_proj: nn.Linear
+    in_proj: nn.Module
+    out_proj: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: tuple[list[tuple[int, int]], Any] | None = None
 
     def forward(
         self, x: Tensor, *, state: Any = None, cu_seqlens: Tensor | None = None
@@ -36,3 +43,17 @@ class Mixer(nn.Module):
     ) -> Any:
         """The state before the first token of `batch` sequences."""
         raise NotImplementedError
+
+    def keep(self, weights: list[Tensor], compute: Callable[[], T]) -> T:
+        """What `compute` makes of weights: a token's step has time for little else, so it is kept while they stay."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return compute()
+        state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, compute())
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> Self:
+        # training may change weights where no version counts it, in a captured graph
+        self._kept = None
+        return super().train(mode)

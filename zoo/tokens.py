@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from .backbone import Backbone
 from .config import BackboneConfig
 from .frontends import TokenEmbedding
 from .heads import IGNORE, TokenHead
 from .strands import complement_table
 from .task import Batch, Task
+from .unet import build_backbone
 
 
 class TokenModel(Task):
     """A distribution over tokens at every position. A causal one has a state of constant size.
 
     Args:
-        backbone: the fields of BackboneConfig, or {"size": "mamba-130m"} and what differs from it.
+        backbone: the fields of BackboneConfig, or {"size": "mamba-130m"} and what differs from it; or, with `pool`,
+            those of UNetConfig.
         vocab_size: how many tokens there are; a recipe leaves it to the data module.
         tie_embeddings: read out with the embedding's weight.
         optimizer: the fields of OptimizerConfig.
@@ -48,7 +49,7 @@ class TokenModel(Task):
         )
         table = complement_table(complement, vocab_size) if config.reverse_complement else None
         self.embedding = TokenEmbedding(vocab_size, config.d_model, table)
-        self.backbone = Backbone(config)
+        self.backbone = build_backbone(config)
         self.head = TokenHead(vocab_size, config.d_model, self.embedding if tie_embeddings else None, table)
         # of all targets alike, and as they are weighted in the loss
         self.nll = MeanMetric().set_dtype(torch.float64)
@@ -58,8 +59,14 @@ class TokenModel(Task):
         self, tokens: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, list[Any] | None]:
         """Logits (b, l, vocab_size) at each of tokens (b, l) and, if a state came in, the state after them."""
-        y, state = self.backbone(self.embedding(tokens), state=state, cu_seqlens=cu_seqlens)
+        y, state = self.mix(tokens, state=state, cu_seqlens=cu_seqlens)
         return self.head(y), state
+
+    def mix(
+        self, tokens: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[Any] | None]:
+        """What the head reads at each of tokens (b, l), (b, l, d), and the state, as in `forward`."""
+        return self.backbone(self.embedding(tokens), state=state, cu_seqlens=cu_seqlens)
 
     def step(self, tokens: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """Logits (b, vocab_size) of the token after tokens (b,); the state is moved on in place."""
@@ -79,7 +86,7 @@ class TokenModel(Task):
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the head reads, (b, l, d)."""
-        y, _ = self.backbone(self.embedding(batch["inputs"]), cu_seqlens=batch.get("cu_seqlens"))
+        y, _ = self.mix(batch["inputs"], cu_seqlens=batch.get("cu_seqlens"))
         return y
 
     def training_loss(self, batch: Batch) -> Tensor:

@@ -58,6 +58,24 @@ def test_tables_of_every_kind_are_read(tmp_path: Path) -> None:
     assert read_table(csv).records[0] == 'chr"0'
 
 
+def test_folders_of_classes_are_read(tmp_path: Path) -> None:
+    for i, (label, _, sequence) in enumerate(rows(60)):
+        file = tmp_path / ("valid" if i % 5 == 0 else "train") / label / f"{i}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(sequence.lower() + "\n")
+    data = module(tmp_path / "train", valid=str(tmp_path / "valid"))
+    expected = [(label, sequence) for label, _, sequence in rows(60)]
+    assert sorted(read(data, "train")) == sorted(row for i, row in enumerate(expected) if i % 5)
+    assert sorted(read(data, "val")) == sorted(expected[::5])
+    (tmp_path / "train" / "a" / "bad.txt").write_text("ACGX")
+    with pytest.raises(ValueError, match=r"bad\.txt: 'X' is no letter of DNA"):
+        module(tmp_path / "train")
+    with pytest.raises(
+        ValueError, match=r"is not a kind of file that is read: .*or a folder of CLASS/NAME\.txt"
+    ):
+        module(tmp_path)
+
+
 def test_batches_are_padded(tmp_path: Path) -> None:
     data = module(write_table(tmp_path / "a.tsv"))
     for given in itertools.islice(data.train_dataloader(), 10):
@@ -188,7 +206,7 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, name: str, content:
         ({"valid": 1e-9}, "data.valid: there is not a sequence in it"),
         ({"valid": ["chr0", "chr1", "chr2", "chr3"]}, "data.paths: there is not a sequence in it"),
         ({"length": 0}, "data.length"),
-        ({"valid": "none.csv"}, "data.valid: there is no file none.csv"),
+        ({"valid": "none.csv"}, "data.valid: there is no file or folder none.csv"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ class Result:
 
 
 Command = Callable[..., Result]
+Small = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
@@ -39,19 +41,35 @@ def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: py
     return run
 
 
-def tiny(name: str, folder: Path, data: dict[str, Path]) -> Path:
+def tiny(name: str, folder: Path, small: Small) -> Path:
     """A recipe that extends a packaged one and makes it small."""
     values = yaml.safe_load(TINY.read_text())
-    values["data"]["paths"] = str(data[name.split("/")[0]])
+    values["data"] |= of(name, small)
     path = folder / f"{name.replace('/', '-')}.yaml"
     path.write_text(yaml.safe_dump({"extends": name, **values}))
     return path
 
 
 @pytest.fixture
-def small(texts: Path, genome: Path) -> dict[str, Path]:
-    """Something small of every domain to train on."""
-    return {"language": texts, "genomics": genome}
+def small(texts: Path, genome: Path, tmp_path: Path) -> Small:
+    """Something small of every domain to train on, and of a recipe that needs another kind."""
+    table = tmp_path / "table.tsv"
+    rows = (f"{'ab'[i % 2]}\t{'ACGT' * (5 + i % 7)}{'AC'[i % 2] * i}" for i in range(60))
+    table.write_text("\n".join(("label\tsequence", *rows)))
+    other = tmp_path / "other.fa"
+    other.write_bytes(genome.read_bytes().replace(b"A", b"G"))
+    return {
+        "language": {"paths": str(texts)},
+        "genomics": {"paths": str(genome)},
+        "genomics/pretrain-human": {"valid": ["chr0"], "test": ["chr1"], "length_warmup": [64]},
+        "genomics/classify": {"paths": str(table)},
+        "genomics/species": {"paths": [str(genome), str(other)]},
+    }
+
+
+def of(name: str, small: Small) -> dict[str, Any]:
+    """The values of `data` for a recipe."""
+    return small[name.split("/")[0]] | small.get(name, {})
 
 
 def test_recipes_and_fragments_are_found() -> None:
@@ -75,9 +93,7 @@ def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: object) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.filterwarnings("ignore")
-def test_every_recipe_runs_one_batch(
-    recipe: object, mambazoo: Command, tmp_path: Path, small: dict[str, Path]
-) -> None:
+def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path: Path, small: Small) -> None:
     name: str = recipe.name  # type: ignore[attr-defined]
     result = mambazoo("fit", str(tiny(name, tmp_path, small)))
     assert result.code == 0, result.err
@@ -98,11 +114,22 @@ def test_every_recipe_runs_one_batch(
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
 
 
-def test_every_recipe_passes_its_own_check(mambazoo: Command, small: dict[str, Path]) -> None:
+def test_every_recipe_passes_its_own_check(mambazoo: Command, small: Small) -> None:
     for recipe in RECIPES:
-        result = mambazoo("check", recipe.name, f"data.paths={small[recipe.name.split('/')[0]]}")
+        values = (f"data.{key}={json.dumps(value)}" for key, value in of(recipe.name, small).items())
+        result = mambazoo("check", recipe.name, *values)
         assert result.code == 0, result.err
         assert "back end" in result.out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_baseline_says_what_simple_models_reach(mambazoo: Command, small: Small) -> None:
+    for name, unit, count in (("language/demo", "bits per byte", 4), ("genomics/demo", "bits per base", 6)):
+        lines = mambazoo(
+            "baseline", name, f"data.paths={small[name.split('/')[0]]['paths']}"
+        ).out.splitlines()
+        assert len(lines) == count
+        assert all(line.endswith(unit) and 0 < float(line.split()[0]) < 9 for line in lines)
 
 
 def test_overrides_come_before_interpolation() -> None:
@@ -246,7 +273,9 @@ def test_show_prints_what_would_run(mambazoo: Command) -> None:
 
 
 def test_ls_filters(mambazoo: Command) -> None:
-    assert mambazoo("ls", "pretrain").out.startswith("language/pretrain")
+    names = [line.split()[0] for line in mambazoo("ls", "pretrain").out.splitlines()]
+    assert "language/pretrain" in names
+    assert all("pretrain" in name for name in names)
     assert mambazoo("ls", "nothing").out == ""
 
 

@@ -118,6 +118,51 @@ def test_both_strands_are_of_one_class(pooling: str, lengths: Tensor | None) -> 
     assert not torch.allclose(plain.predict(batches[0]), plain.predict(batches[1]), atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["last", "masked"])
+@pytest.mark.parametrize(
+    "backbone", [{}, {"bidirectional": "tied"}, {"pool": [2], "pattern": "s4d"}], ids=str
+)
+@pytest.mark.parametrize("codes", [True, False])
+@torch.no_grad()
+def test_samples_are_read_by_patches_and_padding_changes_nothing(
+    codes: bool, backbone: dict[str, Any], pooling: str
+) -> None:
+    config = {"d_model": 16, "n_layers": 1, **backbone}
+    model = SequenceClassifier(
+        config, 256 if codes else None, 3, patch=4, features=1 if codes else 2, pooling=pooling
+    )
+    model = model.double().eval()
+    inputs = torch.randint(256, (4, 23)) if codes else torch.randn(4, 23, 2, dtype=torch.float64)
+    lengths = torch.tensor([5, 23, 1, 16])
+    logits = model(inputs, lengths)
+    for row, length, expected in zip(inputs, lengths, logits, strict=True):
+        torch.testing.assert_close(model(row[None, :length])[0], expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(logits[0], logits[1])
+    # as many vectors as patches are in 23 inputs
+    seen: list[torch.Size] = []
+    model.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    model(inputs)
+    assert seen == [torch.Size([4, 6, 16])]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tells_tones_apart() -> None:
+    def tones(seed: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        labels, phase = torch.randint(2, (32,), generator=draw), torch.rand(32, 1, generator=draw)
+        t = torch.arange(160) * torch.tensor([0.3, 0.4])[labels][:, None]
+        return {"inputs": torch.sin(t + 6.3 * phase).unsqueeze(-1), "labels": labels}
+
+    config = {"d_model": 16, "n_layers": 1, "pattern": "s4d", "s4d": {"d_state": 8}, "bidirectional": "tied"}
+    model = SequenceClassifier(config, None, 2, patch=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for seed in range(60):
+        optimizer.zero_grad()
+        model.training_loss(tones(seed)).backward()
+        optimizer.step()
+    assert logged(model, *(tones(1000 + seed) for seed in range(8)))["val/accuracy"] > 0.95
+
+
 def test_averaging_is_of_logits_and_not_for_training() -> None:
     model = build(average_strands=True)
     batch = motifs(4)
@@ -236,6 +281,8 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
         ({"class_weights": [1.0]}, "model.class_weights: must be 2 numbers"),
         ({"average_strands": True}, "model.complement: give"),
         ({"backbone": {"reverse_complement": True}}, "model.complement: give"),
+        ({"patch": 0}, "model.patch, model.features: must be 1 or more"),
+        ({"backbone": {"reverse_complement": True}, "patch": 4}, "leave out model.patch"),
         ({"backbone": {"bidirectional": "both"}}, "backbone.bidirectional: must be one of tied, untied"),
     ],
 )

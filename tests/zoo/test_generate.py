@@ -94,8 +94,7 @@ def test_steps_that_can_be_repeated_in_place_are(
     monkeypatch.setattr(writing, "repeatable", lambda call, device: captured.append(call) or call)
     other = kind({"d_model": 32, "n_layers": 2}, vocab_size=20).eval()
     other.load_state_dict(model.state_dict())
-    draws = torch.rand(1, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    writer = Writer(other, [[3, 4]], Sampling(seed=2), draws)
+    writer = Writer(other, [[3, 4]], Sampling(), seeds=[2])
     if kind is Counting:
         writer.state.append(0)
     places = [x.data_ptr() for x in leaves(writer.state) if isinstance(x, torch.Tensor)]
@@ -103,17 +102,52 @@ def test_steps_that_can_be_repeated_in_place_are(
         if i:
             writer.advance()
         assert writer.tokens.tolist() == [token]
-    stays = [x.data_ptr() for x in leaves(writer.state) if isinstance(x, torch.Tensor)] == places
-    assert stays is (kind is not Counting)
+    assert [x.data_ptr() for x in leaves(writer.state) if isinstance(x, torch.Tensor)] == places
+    # one that counts never takes the same turn twice
     assert len(captured) == (kind is not Counting)
+
+
+@pytest.mark.parametrize("length", [1, 4, 6, 11])
+def test_steps_that_take_turns_are_captured_one_by_one(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(
+        {"d_model": 16, "n_layers": 1, "pool": [2, 3], "pattern": "s4d"}, vocab_size=20
+    ).eval()
+    torch.nn.init.normal_(model.embedding.weight, std=0.3)
+    captured: list[Callable[[], object]] = []
+    monkeypatch.setattr(writing, "repeatable", lambda call, device: captured.append(call) or call)
+    prompts = [torch.randint(20, (length,)).tolist() for _ in range(2)]
+    texts = continue_(model, prompts, Sampling(temperature=0))
+    assert len(captured) == 6
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([prompt + text]))
+        assert logits[0, length - 1 : -1].argmax(-1).tolist() == text
+    with pytest.raises(ValueError, match="one length modulo 6"):
+        continue_(model, [[1], [1, 2]], Sampling())
+
+
+@torch.no_grad()
+def test_a_state_is_written_on_from(model: LanguageModel) -> None:
+    [text] = continue_(model, [PROMPTS[0]], Sampling(seed=1))
+    _, state = model(torch.tensor([PROMPTS[0][:5]]), state=model.init_state(1))
+    assert continue_(model, [PROMPTS[0][5:]], Sampling(seed=1), state=state) == [text]
+
+
+def test_random_numbers_do_not_depend_on_how_many_are_drawn_at_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for block in (1, 7, 1024):
+        monkeypatch.setattr(Writer, "BLOCK", block)
+        texts.append(continue_(model, [[3], [4, 5]], Sampling(), seeds=[0, 1]))
+    assert texts[0] == texts[1] == texts[2]
 
 
 @torch.inference_mode()
 def test_reading_behind_changes_nothing(model: LanguageModel) -> None:
-    draws = torch.rand(2, 30, dtype=torch.float64)
     texts = []
     for ahead in (0, 1, 3):
-        writer = Writer(model, [[3], [4, 5]], Sampling(), draws)
+        writer = Writer(model, [[3], [4, 5]], Sampling(), seeds=[0, 1])
         writer.ahead = ahead
         texts.append(list(writing._read_behind(writer, 30)))
     assert texts[0] == texts[1] == texts[2]

@@ -45,22 +45,31 @@ def test_the_graph_writes_what_single_steps_write(
 
 
 @pytest.mark.parametrize(
-    "values", [{"mamba": {"a_init": "s4d-lin"}}, {"mamba": {"selective": []}}, {"d_mlp": 64}], ids=str
+    "values",
+    [
+        {"mamba": {"a_init": "s4d-lin"}},
+        {"mamba": {"selective": []}},
+        {"d_mlp": 64},
+        {"pattern": "s4d"},
+        {"pool": [2, 3], "n_layers": 1, "stages": [{"pattern": "s4d", "s4d": {"block": "s4"}}]},
+    ],
+    ids=str,
 )
 def test_other_mixers_are_captured_too(values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(torch.float32, vocab_size=50, **values)
-    graph = list(generate(model, [[1, 2], [3]], 20, Sampling()))
+    graph = list(generate(model, [[1, 2], [3, 4]], 20, Sampling()))
     one_by_one(monkeypatch)
-    assert list(generate(model, [[1, 2], [3]], 20, Sampling())) == graph
+    assert list(generate(model, [[1, 2], [3, 4]], 20, Sampling())) == graph
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @torch.inference_mode()
 def test_a_step_never_waits_for_the_gpu(sampling: Sampling) -> None:
-    writer = Writer(build(torch.bfloat16), [[1, 2], [3]], sampling, torch.rand(2, 9, dtype=torch.float64))
+    writer = Writer(build(torch.bfloat16), [[1, 2], [3]], sampling, seeds=[0, 1])
     writer.advance()
-    assert writer._step is not None
-    assert writer._step != writer._move_on
+    writer.advance()
+    assert writer._steps is not None
+    assert writer._steps[()][0] not in (None, writer._move_on)
     torch.cuda.set_sync_debug_mode("error")
     try:
         writer._move_on()
@@ -71,7 +80,7 @@ def test_a_step_never_waits_for_the_gpu(sampling: Sampling) -> None:
 
 @torch.inference_mode()
 def test_two_writers_keep_apart() -> None:
-    model, draws = build(torch.float32), torch.rand(1, 20, dtype=torch.float64)
-    alone = list(writing._read_behind(Writer(model, [[5]], Sampling(), draws), 20))
-    first, second = (writing._read_behind(Writer(model, [[5]], Sampling(), draws), 20) for _ in range(2))
+    model = build(torch.float32)
+    alone = list(writing._read_behind(Writer(model, [[5]], Sampling(), seeds=[0]), 20))
+    first, second = (writing._read_behind(Writer(model, [[5]], Sampling(), seeds=[0]), 20) for _ in range(2))
     assert list(zip(first, second, strict=True)) == list(zip(alone, alone, strict=True))

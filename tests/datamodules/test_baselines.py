@@ -1,0 +1,64 @@
+"""The simple models that trained ones are compared with."""
+
+from collections import Counter
+from itertools import product
+from math import log2
+
+import numpy as np
+import pytest
+from mambazoo.datamodules import baselines
+from mambazoo.datamodules.baselines import kmer_accuracy, kmer_counts, markov_bits
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("block", [5, 1 << 22])
+def test_a_markov_model_predicts_by_what_followed_before(
+    order: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "_BLOCK", block)
+    rng = np.random.default_rng(0)
+    train, tested = ([rng.integers(0, 5, size) for size in sizes] for sizes in ((40, 1, 23), (17, 30)))
+    # 4 is no symbol
+    followed: Counter[tuple[int, ...]] = Counter()
+    words = {id(x): [0] * order + [int(s) if s < 4 else 0 for s in x] for x in (*train, *tested)}
+    for x in train:
+        followed.update(tuple(words[id(x)][i : i + order + 1]) for i, s in enumerate(x) if s < 4)
+    bits = []
+    for x in tested:
+        for i, s in enumerate(x):
+            if s < 4:
+                word = tuple(words[id(x)][i : i + order + 1])
+                seen = sum(followed[(*word[:-1], other)] for other in range(4))
+                bits.append(-log2((followed[word] + 1) / (seen + 4)))
+    assert markov_bits(train, tested, 4, order) == pytest.approx(sum(bits) / len(bits), rel=1e-12)
+
+
+def test_a_markov_model_needs_room_and_something_to_predict() -> None:
+    with pytest.raises(ValueError, match="order 20 over 4 symbols needs too large a table"):
+        markov_bits([], [], 4, 20)
+    with pytest.raises(ValueError, match="not a symbol held out"):
+        markov_bits([np.zeros(3, np.uint8)], [np.array([7])], 4, 1)
+
+
+def test_words_are_counted_on_both_strands() -> None:
+    sequence = np.array([0, 1, 4, 2, 3, 3, 0, 1, 1, 2], dtype=np.uint8)
+    expected = Counter()
+    opposite = [3 - s if s < 4 else s for s in sequence.tolist()[::-1]]
+    for strand in (sequence.tolist(), opposite):
+        expected.update(tuple(strand[i : i + 3]) for i in range(len(strand) - 2))
+    counts = kmer_counts([sequence, sequence[:2]], 3)
+    assert counts[0].tolist() == [expected[word] for word in product(range(4), repeat=3)]
+    assert counts[1].sum() == 0
+
+
+def test_a_regression_tells_compositions_apart_but_not_lots() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    rich = [rng.choice(4, 100, p=[0.2, 0.3, 0.3, 0.2] if y else [0.3, 0.2, 0.2, 0.3]) for y in labels]
+    even = [rng.integers(0, 4, 100) for _ in labels]
+    found = []
+    for sequences in (rich, even):
+        tokens = [sequence.astype(np.uint8) for sequence in sequences]
+        found.append(kmer_accuracy((tokens[:200], labels[:200]), (tokens[200:], labels[200:]), 2, 3))
+    assert found[0] > 0.9
+    assert found[1] < 0.65
