@@ -175,8 +175,6 @@ class RecordingFiles:
                     count, content = self._store(scratch, output)
                 except ValueError as error:
                     skipped[source.name] = str(error)
-                    output.seek(2 * starts[-1])
-                    output.truncate()
                 else:
                     names.append(source.name)
                     starts.append(starts[-1] + count)
