@@ -25,6 +25,8 @@ _FACE = {
     "TextDataModule": "datamodules.text",
     "GenomeDataModule": "datamodules.genomics",
     "LabelledSequenceDataModule": "datamodules.labelled",
+    "AudioDataModule": "datamodules.audio",
+    "LabelledAudioDataModule": "datamodules.labelled_audio",
     "from_pretrained": "checkpoints.io",
 }
 __all__ = [*_FACE, "__version__"]
@@ -32,8 +34,10 @@ __all__ = [*_FACE, "__version__"]
 if TYPE_CHECKING:
     # for tools that read and do not run
     from .checkpoints.io import from_pretrained as from_pretrained
+    from .datamodules.audio import AudioDataModule as AudioDataModule
     from .datamodules.genomics import GenomeDataModule as GenomeDataModule
     from .datamodules.labelled import LabelledSequenceDataModule as LabelledSequenceDataModule
+    from .datamodules.labelled_audio import LabelledAudioDataModule as LabelledAudioDataModule
     from .datamodules.text import TextDataModule as TextDataModule
     from .kernels.conv import causal_conv1d as causal_conv1d
     from .kernels.conv import causal_conv1d_update as causal_conv1d_update

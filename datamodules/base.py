@@ -8,8 +8,8 @@ A batch is a dict of tensors:
     cu_seqlens (s + 1,) int32, optional, beside b = 1: sequence i is [cu_seqlens[i], cu_seqlens[i + 1])
     bytes      (), optional: the bytes of text that the targets stand for
 
-A loader may hand over integers of 8 bits, which are cheap to move; tasks are given 64. Tasks and data modules meet
-nowhere else: a data module knows no model, a task no file.
+A loader may hand over integers of 8 or 16 bits, which are cheap to move; tasks are given 64. Tasks and data modules
+meet nowhere else: a data module knows no model, a task no file.
 """
 
 import signal
@@ -99,7 +99,7 @@ class DataModule(L.LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        small = (torch.uint8, torch.int8)
+        small = (torch.uint8, torch.int8, torch.int16)
         return {key: value.long() if value.dtype in small else value for key, value in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:

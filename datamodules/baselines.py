@@ -1,8 +1,10 @@
 """What simple models reach on the same split: the numbers that a trained model has to be better than.
 
 A Markov model of order k predicts a symbol from the k before it by how often each followed them in the training data,
-one added to every count. A k-mer regression tells sequences apart by how often each word of k bases occurs in them, on
-either strand; the longer ones have more words, so it knows their length too.
+one added to every count. Linear prediction guesses a sample of sound from those before it, and a table says what
+follows each guess. A k-mer regression tells sequences apart by how often each word of k bases occurs in them, on either
+strand; the longer ones have more words, so it knows their length too. One on spectra tells clips of sound apart by how
+loud each band of pitch is at each time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from .alphabet import BASES
+from .waveform import LEVELS, Waveform
 
 # symbols that are counted at a time
 _BLOCK = 1 << 22
@@ -58,6 +61,46 @@ def _words(sequences: Iterable[NDArray[np.integer]], symbols: int, order: int) -
             yield words[known[order:]]
 
 
+def prediction_bits(
+    train: Iterable[NDArray[np.uint8]],
+    held_out: Iterable[NDArray[np.uint8]],
+    waveform: Waveform,
+    order: int = 32,
+) -> float:
+    """The mean of -log2 p over the codes of recordings (l,) held out, from a linear prediction of each sample.
+
+    The coefficients are those of least squares (the autocorrelation method), the same for all recordings; the table has
+    how often each code followed each code that was predicted, one added to every count.
+    """
+    train = list(train)
+    coefficients = _least_squares([waveform.decode(codes) for codes in train], order)
+
+    def pairs(recordings: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.int64]]:
+        for codes in recordings:
+            samples = waveform.decode(codes).astype(np.float64)
+            guesses = waveform.encode(np.convolve(samples, [0.0, *coefficients])[: len(codes)])
+            yield guesses * np.int64(LEVELS) + codes
+
+    counts = sum(np.bincount(block, minlength=LEVELS**2) for block in pairs(train))
+    rows = np.asarray(counts).reshape(LEVELS, LEVELS)
+    bits = np.log2(rows.sum(1, keepdims=True) + LEVELS) - np.log2(rows + 1)
+    found = np.concatenate([bits.reshape(-1)[block] for block in pairs(held_out)])
+    return float(found.mean())
+
+
+def _least_squares(recordings: list[NDArray[np.float32]], order: int) -> NDArray[np.float64]:
+    """What each of the samples 1, 2, ... before counts in the prediction of the next one."""
+    correlation = np.zeros(order + 1)
+    for recording in recordings:
+        x = recording.astype(np.float64)
+        for lag in range(min(order + 1, len(x))):
+            correlation[lag] += x[lag:] @ x[: len(x) - lag]
+    lags = np.abs(np.subtract.outer(np.arange(order), np.arange(order)))
+    # a little noise, for what is silent or periodic
+    noise = (1e-9 * correlation[0] + 1e-12) * np.eye(order)
+    return np.linalg.solve(correlation[lags] + noise, correlation[1:])
+
+
 def kmer_accuracy(
     train: tuple[list[NDArray[np.uint8]], NDArray[np.int64]],
     held_out: tuple[list[NDArray[np.uint8]], NDArray[np.int64]],
@@ -71,7 +114,34 @@ def kmer_accuracy(
         train, held_out: tokens of sequences, and their classes (n,).
         decay: what the mean of the squared weights counts beside the mean cross-entropy.
     """
-    features = [torch.from_numpy(kmer_counts(sequences, k)) for sequences, _ in (train, held_out)]
+    counts = [(kmer_counts(sequences, k), labels) for sequences, labels in (train, held_out)]
+    return _regression_accuracy(counts[0], counts[1], classes, decay)
+
+
+def spectrum_accuracy(
+    train: tuple[list[NDArray[np.float32]], NDArray[np.int64]],
+    held_out: tuple[list[NDArray[np.float32]], NDArray[np.int64]],
+    rate: int,
+    classes: int,
+    decay: float = 1e-2,
+) -> float:
+    """The share of held-out clips that a multinomial regression on their spectra puts into the right class.
+
+    Args:
+        train, held_out: the samples of clips at `rate`, and their classes (n,).
+        decay: see kmer_accuracy.
+    """
+    spectra = [(log_mel_spectra(clips, rate), labels) for clips, labels in (train, held_out)]
+    return _regression_accuracy(spectra[0], spectra[1], classes, decay)
+
+
+def _regression_accuracy(
+    train: tuple[NDArray[np.float32], NDArray[np.int64]],
+    held_out: tuple[NDArray[np.float32], NDArray[np.int64]],
+    classes: int,
+    decay: float,
+) -> float:
+    features = [torch.from_numpy(features) for features, _ in (train, held_out)]
     mean, scale = features[0].mean(0), features[0].std(0).clamp(min=1e-6)
     x, tested = ((feature - mean) / scale for feature in features)
     labels = torch.from_numpy(train[1])
@@ -89,6 +159,22 @@ def kmer_accuracy(
     with torch.no_grad():
         guesses = F.linear(tested, weight, bias).argmax(1)
     return float((guesses == torch.from_numpy(held_out[1])).float().mean())
+
+
+def log_mel_spectra(clips: list[NDArray[np.float32]], rate: int) -> NDArray[np.float32]:
+    """The logarithm of the power, over a clip's highest, in 40 mel bands at each of 8 parts of clips (n,): (n, 320)."""
+    from torchaudio.transforms import MelSpectrogram
+
+    # windows of 32 ms, every 16 ms
+    size = 1 << round(np.log2(0.032 * rate))
+    spectrogram = MelSpectrogram(rate, size, hop_length=size // 2, n_mels=40)
+    table = []
+    for clip in clips:
+        padded = F.pad(torch.from_numpy(clip), (0, max(0, 4 * size - len(clip))))
+        power = spectrogram(padded)
+        logs = (power / power.max().clamp(min=1e-9) + 1e-5).log()
+        table.append(F.adaptive_avg_pool1d(logs[None], 8).flatten().numpy())
+    return np.stack(table)
 
 
 def kmer_counts(sequences: list[NDArray[np.uint8]], k: int) -> NDArray[np.float32]:

@@ -5,11 +5,13 @@ the disk and renamed, so that whoever finds it finds it whole; processes that bu
 twice and keep one.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,22 @@ def remember(stamp: str, compute: Callable[[], str]) -> str:
     note.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, digest.encode())
     return digest
+
+
+def digest_of_files(header: str, files: Iterable[Path]) -> str:
+    """A digest of `header` and the files' contents, which are read again when the size or the time of one changed."""
+    paths = list(files)
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stamp = hashlib.sha256(json.dumps([header, stats]).encode()).hexdigest()
+
+    def read() -> str:
+        total = hashlib.sha256(header.encode())
+        for path in paths:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    return remember(stamp, read)
 
 
 def write_whole(path: Path, content: bytes) -> None:

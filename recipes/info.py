@@ -59,5 +59,5 @@ def training_memory(model: "Task", config: "BackboneConfig", tokens: int, activa
     per_layer = tokens * (4 * config.d_model + activation_bytes * (config.d_model + 5 * d_inner))
     kept = per_layer * (1 if config.checkpoint_activations else config.n_layers)
     streams = tokens * 4 * config.d_model * config.n_layers if config.checkpoint_activations else 0
-    logits = min(tokens * model.hparams.get("vocab_size", 0) * activation_bytes, CHUNK)
+    logits = min(tokens * (model.hparams.get("vocab_size") or 0) * activation_bytes, CHUNK)
     return weights + kept + streams + logits

@@ -151,7 +151,13 @@ def data_problems(config: dict[str, Any], known: list[str]) -> list[str]:
     try:
         classes, values, _ = _split_classes(config)
         wrong = {problem.partition(":")[0] for problem in known}
-        classes["data"](**{key: value for key, value in values["data"].items() if f"data.{key}" not in wrong})
+        rest = {key: value for key, value in values["data"].items() if f"data.{key}" not in wrong}
+        try:
+            inspect.signature(classes["data"]).bind(**rest)
+        except TypeError:
+            # what is wrong is something that it cannot do without
+            return []
+        classes["data"](**rest)
     except (ValueError, OSError) as error:
         return str(error).splitlines()
     return []

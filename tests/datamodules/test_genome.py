@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from Bio import SeqIO
 from mambazoo.datamodules import genome as genome_module
+from mambazoo.datamodules import progress
 from mambazoo.datamodules.alphabet import letters_of
 from mambazoo.datamodules.cache import cache_root
 from mambazoo.datamodules.genome import Genome, find_genomes
@@ -151,7 +152,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Mon
             return True
 
     monkeypatch.setattr("sys.stderr", screen := Terminal())
-    monkeypatch.setattr(genome_module, "_LARGE", 0)
+    monkeypatch.setattr(progress, "LARGE", 0)
     [genome] = opened(write_fasta(tmp_path / "a.fa", shown=5001))
     assert len(genome) == 5001
     assert "reading a.fa" in screen.getvalue()

@@ -97,7 +97,7 @@ def test_classes_counts_and_the_majority_are_told(tmp_path: Path, caplog: pytest
         data.setup("fit")
     assert data.counts == {"train": [15, 30], "val": [5, 10]}
     assert data.majority == {"train": pytest.approx(2 / 3), "val": pytest.approx(2 / 3)}
-    assert "train: 45 sequences (a 15, b 30), majority 0.6667" in caplog.text
+    assert "train: 45 sequences (a 15, b 30; majority 0.6667)" in caplog.text
     # numbers are in their order, not in that of their digits
     path.write_text("sequence,label\n" + "".join(f"ACG{'T' * n},{n}\n" for n in (10, 9, 2, 0)))
     assert LabelledSequenceDataModule(str(path)).classes == ["0", "2", "9", "10"]

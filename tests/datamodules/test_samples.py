@@ -19,5 +19,5 @@ def test_samples_that_cannot_be_had_are_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(FileNotFoundError, match=r"pip install \"mambazoo\[samples\]\""):
         find_genomes(["sample:absent"])
     monkeypatch.setitem(samples._GENOMES, "changed", ("pytest", "__init__.py", "0"))
-    with pytest.raises(ValueError, match="is not the changed that is known"):
+    with pytest.raises(ValueError, match="does not have the changed that is known"):
         find_genomes(["sample:changed"])
