@@ -219,6 +219,18 @@ def leaves(state: Any) -> Iterator[Any]:
         yield state
 
 
+def pick(state: Any, rows: Tensor) -> Any:
+    """The state of sequences by their numbers, rows (s,): some of those that it is of, or one of them many times."""
+    if isinstance(state, Tensor):
+        return state.index_select(0, rows)
+    if isinstance(state, dict):
+        return {name: pick(part, rows) for name, part in state.items()}
+    if isinstance(state, list | tuple):
+        parts = [pick(part, rows) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    return state
+
+
 def _tensors(state: list[Any]) -> list[Any]:
     """What a state holds but for the numbers in its list."""
     return list(leaves([part for part in state if not isinstance(part, int)]))
