@@ -1,7 +1,9 @@
-"""The verb `generate`: continue prompts with a trained model, shown as they are written (see media.py)."""
+"""The verb `generate`: continue prompts with a trained model; letters go to the screen, sound to files."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+
+from . import recordings
 
 NAME, SUMMARY = "generate", "continue a prompt with a trained model"
 
@@ -11,11 +13,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         "checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run"
     )
     parser.add_argument(
-        "--prompt", action="append", help="text, a file of text, or - for standard input; repeatable"
+        "--prompt",
+        action="append",
+        help="text, a file of it, or - for standard input; or a file of sound; repeatable",
     )
-    parser.add_argument("--output", help="a file to write to; of a model of DNA in FASTA (.fasta)")
+    parser.add_argument(
+        "--output",
+        help="a file to write to, of a model of DNA in FASTA (.fasta); of sound a folder, recordings if not given",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument(
+        "--temperature", type=float, help="0 takes the most likely token; 0.8 if not given, 1 for sound"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens")
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="draw from the tokens that reach this probability"
@@ -27,11 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--number", type=int, default=1, help="how many continuations of each prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
+    recordings.add_arguments(parser)
 
 
 def run(arguments: Namespace) -> int:
     from ..checkpoints.io import load
     from ..datamodules.vocab import vocabulary_from_dict
+    from ..zoo.audio import WaveformModel
     from ..zoo.generate import Sampling, generate
     from ..zoo.tokens import TokenModel
     from .device import to_device
@@ -39,7 +50,7 @@ def run(arguments: Namespace) -> int:
     from .media import MEDIA, Text
 
     sampling = Sampling(
-        temperature=arguments.temperature,
+        temperature=0.8 if arguments.temperature is None else arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         min_p=arguments.min_p,
@@ -50,9 +61,12 @@ def run(arguments: Namespace) -> int:
         raise ValueError("--max-new-tokens and --number must be 1 or more")
     model, vocabulary = load(arguments.checkpoint)
     if not isinstance(model, TokenModel):
-        raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which writes no text")
+        raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which writes nothing")
     if vocabulary is None:
         raise ValueError(f"{arguments.checkpoint} has no vocabulary: was it trained on data that names one?")
+    if isinstance(model, WaveformModel):
+        model = to_device(model, arguments.device)
+        return recordings.write_recordings(model, vocabulary, arguments, sampling)
     words = vocabulary_from_dict(vocabulary)
     if words.size > model.head.vocab_size:
         raise ValueError(

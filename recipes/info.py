@@ -1,10 +1,13 @@
 """The verb `info`: what a model is made of, and the memory it takes."""
 
 import json
+import math
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..zoo.config import BackboneConfig
     from ..zoo.task import Task
 
@@ -54,10 +57,30 @@ def training_memory(model: "Task", config: "BackboneConfig", tokens: int, activa
     from ..kernels.cross_entropy import CHUNK
 
     weights = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    d_inner = config.mamba.expand * config.d_model
-    # the float32 stream, the norm's output, both halves of in_proj, and the scan's input, step and output
-    per_layer = tokens * (4 * config.d_model + activation_bytes * (config.d_model + 5 * d_inner))
-    kept = per_layer * (1 if config.checkpoint_activations else config.n_layers)
-    streams = tokens * 4 * config.d_model * config.n_layers if config.checkpoint_activations else 0
+    tokens = -(-tokens // model.hparams.get("patch", 1))
+    kept = sum(_kept(row, length, activation_bytes) for row, length in _rows(config, tokens))
     logits = min(tokens * (model.hparams.get("vocab_size") or 0) * activation_bytes, CHUNK)
-    return weights + kept + streams + logits
+    return weights + kept + logits
+
+
+def _rows(config: "BackboneConfig", tokens: int) -> "Iterator[tuple[BackboneConfig, int]]":
+    """The rows of blocks that a config describes, and how many positions each sees."""
+    from ..zoo.config import UNetConfig
+
+    if not isinstance(config, UNetConfig):
+        yield config, tokens
+        return
+    for i in range(len(config.pool) + 1):
+        length = tokens // math.prod(config.pool[:i])
+        # all but the innermost are there on the way up too
+        yield from [(config.stage(i), length)] * (2 if i < len(config.pool) else 1)
+
+
+def _kept(row: "BackboneConfig", tokens: int, activation_bytes: int) -> float:
+    """What a row of blocks keeps for the backward, in bytes."""
+    d_inner = row.mamba.expand * row.d_model
+    # the float32 stream, the norm's output, both halves of in_proj, and the scan's input, step and output
+    per_layer = tokens * (4 * row.d_model + activation_bytes * (row.d_model + 5 * d_inner))
+    if row.checkpoint_activations:
+        return per_layer + tokens * 4 * row.d_model * row.n_layers
+    return per_layer * row.n_layers

@@ -122,8 +122,8 @@ class Writer:
         self.draws = torch.empty(len(prompts), self.BLOCK, dtype=torch.float64, device=device)
         self.drawn, self._left = torch.zeros(1, dtype=torch.long, device=device), 0
         self.tokens = torch.empty(len(prompts), dtype=torch.long, device=device)
-        # by turn: the step, once it has been taken, and the state after it
-        self._steps: dict[tuple[int, ...], tuple[Callable[[], object] | None, list[Any]]] | None = {}
+        # by turn, once it has been taken: the step, the state after it, and whether a GPU has the step as a graph
+        self._steps: dict[tuple[int, ...], tuple[Callable[[], object], list[Any], bool]] | None = {}
         logits, self.state = prefill(model, prompts, state)
         self._refill()
         self._draw(logits)
@@ -137,35 +137,50 @@ class Writer:
         turn = tuple(part for part in self.state if isinstance(part, int))
         if turn not in self._steps:
             # this run compiles and loads what a capture must find ready
-            if self._move_on():
-                self._steps[turn] = None, self.state
-            else:
+            step = self._try()
+            if step is None:
                 self._steps = None
+            else:
+                self._steps[turn] = step, self.state, False
             return
-        step, after = self._steps[turn]
-        if step is None:
+        step, after, captured = self._steps[turn]
+        if not captured:
             before = self.state
-            step = repeatable(self._move_on, self.tokens.device)
-            self._steps[turn], self.state = (step, after), before
+            step = repeatable(step, self.tokens.device)
+            self._steps[turn], self.state = (step, after, True), before
         step()
         self.state = after
 
-    def _move_on(self) -> bool:
-        """Take a step; return whether the state has kept its shape, so that it stays where it is."""
-        state, kept = self.state, _tensors(self.state)
-        logits, self.state = self.model.step(self.tokens, list(state))
+    def _try(self) -> Callable[[], object] | None:
+        """Take a step and return what takes it again in place; None where the state does not keep its shape."""
+        before, kept = self.state, _tensors(self.state)
+        self._move_on()
         moved = _tensors(self.state)
-        fixed = len(kept) == len(moved) and all(
+        if len(kept) != len(moved) or not all(
             isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
             for a, b in zip(kept, moved, strict=True)
-        )
-        if fixed:
-            self.state = [b if isinstance(b, int) else a for a, b in zip(state, self.state, strict=True)]
-            for a, b in zip(kept, moved, strict=True):
-                if a is not b:
-                    a.copy_(b)
+        ):
+            return None
+        if all(a is b for a, b in zip(kept, moved, strict=True)):
+            return self._move_on
+        self._put_back(before, kept)
+        return self._move_on_in_place
+
+    def _move_on(self) -> None:
+        logits, self.state = self.model.step(self.tokens, list(self.state))
         self._draw(logits)
-        return fixed
+
+    def _move_on_in_place(self) -> None:
+        before, kept = self.state, _tensors(self.state)
+        self._move_on()
+        self._put_back(before, kept)
+
+    def _put_back(self, before: list[Any], kept: list[Any]) -> None:
+        """Copy the state into the tensors that it had before."""
+        for a, b in zip(kept, _tensors(self.state), strict=True):
+            if a is not b:
+                a.copy_(b)
+        self.state = [b if isinstance(b, int) else a for a, b in zip(before, self.state, strict=True)]
 
     def _draw(self, logits: Tensor) -> None:
         draw = self.draws.index_select(1, self.drawn).squeeze(1)
@@ -202,6 +217,18 @@ def leaves(state: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield state
+
+
+def pick(state: Any, rows: Tensor) -> Any:
+    """The state of sequences by their numbers, rows (s,): some of those that it is of, or one of them many times."""
+    if isinstance(state, Tensor):
+        return state.index_select(0, rows)
+    if isinstance(state, dict):
+        return {name: pick(part, rows) for name, part in state.items()}
+    if isinstance(state, list | tuple):
+        parts = [pick(part, rows) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    return state
 
 
 def _tensors(state: list[Any]) -> list[Any]:

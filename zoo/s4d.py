@@ -153,11 +153,11 @@ class S4D(Mixer):
             u = causal_conv1d_update(
                 u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
             )
-        decay, gain, readout = self.keep(list(self.parameters(recurse=False)), self._discretise)
-        state.ssm.mul_(decay).addcmul_(gain, full(u).unsqueeze(-1))
-        y = (_real_row(state.ssm) * readout).sum(-1)
-        y = torch.addcmul(y, full(u), full(self.D)).to(u.dtype)
-        return self.out_proj(self._activate(y, z)), state
+        decay, gain, readout = self.keep(self._weights(), self._discretise)
+        inputs, row = full(u), _real_row(state.ssm.mul_(decay))
+        row.addcmul_(gain, inputs.unsqueeze(-1))
+        y = torch.addcmul(torch.linalg.vecdot(row, readout), inputs, full(self.D))
+        return self.out_proj(self._activate(y, z).to(u.dtype)), state
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -169,14 +169,18 @@ class S4D(Mixer):
         ssm_dtype = torch.promote_types(self.A_log.dtype, torch.complex64 if self.complex else torch.float32)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.n, device=device, dtype=ssm_dtype))
 
+    def _weights(self) -> list[Tensor]:
+        """All that `_discretise` makes its values of."""
+        return [self.A_log, self.C, self.dt_bias, *([self.A_imag] if self.complex else [])]
+
     def _discretise(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Decay and gain (d_inner, n), and C as what the state's real numbers are multiplied by."""
+        """The decay (d_inner, n), and by the state's real numbers the gain and what reads it out."""
         delta, A, C = self.state_space()
         decay, gain = hold(delta.unsqueeze(-1), A, self.config.discretization)
-        return decay, gain.contiguous(), self._sides * _real_row(C.conj())
+        return decay, _real_row(gain.contiguous()), self._sides * _real_row(C.conj())
 
     def _activate(self, y: Tensor, z: Tensor | None) -> Tensor:
-        return F.gelu(y) if z is None else y * F.silu(z)
+        return F.gelu(y, approximate="tanh") if z is None else y * F.silu(z)
 
 
 class _GatedLinear(nn.Linear):
