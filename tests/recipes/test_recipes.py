@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mambazoo.checkpoints.io import save_pretrained
+from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
 from mambazoo.recipes.cli import main
-from mambazoo.recipes.find import ROOT, compose, find, packaged
+from mambazoo.recipes.find import ROOT, Recipe, compose, find, packaged
+from mambazoo.zoo.genomics import GenomeModel
+from mambazoo.zoo.language import LanguageModel
 
 TINY = Path(__file__).resolve().parents[1] / "tiny.yaml"
 RECIPES = [recipe for recipe in packaged() if recipe.runs]
@@ -39,19 +43,41 @@ def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: py
     return run
 
 
-def tiny(name: str, folder: Path, data: dict[str, Path]) -> Path:
+def verb(recipe: Recipe) -> str:
+    """What starts a recipe, as its head says."""
+    return recipe.head[1].split()[1]
+
+
+def given(recipe: Recipe, small: dict[str, Path]) -> list[str]:
+    """What has to be said of a recipe to run it on something small."""
+    domain = recipe.name.split("/")[0]
+    overrides = [f"data.paths={small.get(recipe.name, small[domain])}"]
+    if verb(recipe) == "finetune":
+        overrides.append(f"model.pretrained={small[f'{domain} model']}")
+    return overrides
+
+
+def tiny(name: str, folder: Path) -> Path:
     """A recipe that extends a packaged one and makes it small."""
     values = yaml.safe_load(TINY.read_text())
-    values["data"]["paths"] = str(data[name.split("/")[0]])
     path = folder / f"{name.replace('/', '-')}.yaml"
     path.write_text(yaml.safe_dump({"extends": name, **values}))
     return path
 
 
 @pytest.fixture
-def small(texts: Path, genome: Path) -> dict[str, Path]:
-    """Something small of every domain to train on."""
-    return {"language": texts, "genomics": genome}
+def small(texts: Path, genome: Path, labelled: Path, tmp_path: Path) -> dict[str, Path]:
+    """Something small of every domain to train on, and a model of each to start from."""
+    size = {"d_model": 16, "n_layers": 2}
+    save_pretrained(LanguageModel(size, 257), {"kind": "bytes"}, tmp_path / "language")
+    save_pretrained(GenomeModel(size, SIZE, COMPLEMENT), {"kind": "nucleotides"}, tmp_path / "genomics")
+    return {
+        "language": texts,
+        "genomics": genome,
+        "genomics/finetune": labelled,
+        "language model": tmp_path / "language",
+        "genomics model": tmp_path / "genomics",
+    }
 
 
 def test_recipes_and_fragments_are_found() -> None:
@@ -67,19 +93,19 @@ def test_recipes_and_fragments_are_found() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: object) -> None:
-    head = recipe.head  # type: ignore[attr-defined]
-    assert f"mambazoo fit {recipe.name}" in head[1]  # type: ignore[attr-defined]
-    assert len(head) >= 3
+def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: Recipe) -> None:
+    assert verb(recipe) in ("fit", "finetune")
+    assert recipe.head[1].startswith(f"mambazoo {verb(recipe)} {recipe.name}")
+    assert len(recipe.head) >= 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.filterwarnings("ignore")
 def test_every_recipe_runs_one_batch(
-    recipe: object, mambazoo: Command, tmp_path: Path, small: dict[str, Path]
+    recipe: Recipe, mambazoo: Command, tmp_path: Path, small: dict[str, Path]
 ) -> None:
-    name: str = recipe.name  # type: ignore[attr-defined]
-    result = mambazoo("fit", str(tiny(name, tmp_path, small)))
+    name = recipe.name
+    result = mambazoo(verb(recipe), str(tiny(name, tmp_path)), *given(recipe, small))
     assert result.code == 0, result.err
     run = tmp_path / "runs" / name.replace("/", "-") / "1"
     summary = json.loads((run / "summary.json").read_text())
@@ -100,7 +126,7 @@ def test_every_recipe_runs_one_batch(
 
 def test_every_recipe_passes_its_own_check(mambazoo: Command, small: dict[str, Path]) -> None:
     for recipe in RECIPES:
-        result = mambazoo("check", recipe.name, f"data.paths={small[recipe.name.split('/')[0]]}")
+        result = mambazoo("check", recipe.name, *given(recipe, small))
         assert result.code == 0, result.err
         assert "back end" in result.out
 
