@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..zoo.saving import read_tensors, sync_folder
-from .remote import CONFIG, WEIGHTS, shards
+from .remote import WEIGHTS, shards
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
-        raise FileNotFoundError(f"{folder} has a {CONFIG} but no {WEIGHTS[0]}")
+        raise FileNotFoundError(f"{folder} has a config but no {WEIGHTS[0]}")
     if not name.endswith(".index.json"):
         return _read_file(folder / name)
     weights: dict[str, Tensor] = {}

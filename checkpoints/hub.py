@@ -4,6 +4,7 @@ state-spaces is what the authors released (config.json of mamba_ssm, pytorch_mod
 MambaForCausalLM. Both are causal language models whose every layer is the paper's mixer.
 """
 
+import json
 import re
 from typing import Any
 
@@ -166,6 +167,13 @@ def weights_to(weights: dict[str, Tensor], arguments: dict[str, Any], layout: st
             there = KEYS[template][LAYOUTS.index(layout)].format(number)
             renamed[there] = _fit_rows(value, vocab_size, rows) if _is_of_tokens(name) else value
     return renamed
+
+
+def tokenizer_config(tokenizer: str, eos: int | None) -> dict[str, Any]:
+    """What transformers' AutoTokenizer wants beside a tokenizer.json."""
+    added = {token["id"]: token["content"] for token in json.loads(tokenizer).get("added_tokens", ())}
+    named = {f"{name}_token": added[eos] for name in ("bos", "eos", "pad")} if eos in added else {}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **named}
 
 
 def _foreign_problems(config: dict[str, Any], layout: str) -> list[str]:

@@ -175,6 +175,8 @@ def export(
     dtype = str(stored.weights["embedding.weight"].dtype).removeprefix("torch.")
     config = hub.config_to(stored.arguments, layout, dtype=dtype, eos=eos)
     texts = dict(extra or {}) | vocabulary_texts(stored.vocabulary, {})
+    if TOKENIZER in texts and layout == "transformers":
+        texts["tokenizer_config.json"] = json.dumps(hub.tokenizer_config(texts[TOKENIZER], eos), indent=2)
     texts[CONFIG] = json.dumps(config, indent=2)
     weights = hub.weights_to(stored.weights, stored.arguments, layout)
     # mamba_ssm looks for no other file
@@ -212,9 +214,8 @@ def _read_folder(folder: Path, weights: bool) -> Stored:
     if "task" not in config:
         arguments = hub.arguments_from(config, str(folder / CONFIG))
         found = hub.weights_from(read_weights(folder), arguments["vocab_size"]) if weights else {}
-        return _tied(
-            Stored(folder, hub.TASK, arguments, read_vocabulary(folder, {"kind": "subwords"}), found)
-        )
+        vocabulary = {"kind": "subwords"} if (folder / TOKENIZER).is_file() else None
+        return _tied(Stored(folder, hub.TASK, arguments, read_vocabulary(folder, vocabulary), found))
     try:
         name, arguments, vocabulary = str(config["task"]), dict(config["model"]), config.get("vocabulary")
     except (KeyError, TypeError, ValueError) as error:

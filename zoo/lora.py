@@ -73,7 +73,8 @@ def attach(model: nn.Module, rank: int, alpha: float, only: Iterable[str] | None
         if (wanted is None or name in wanted) and isinstance(weight, nn.Parameter):
             if weight not in adapters:
                 adapters[weight] = LowRank(weight, rank, alpha)
-            parametrize.register_parametrization(module, "weight", adapters[weight])
+            # unsafe leaves out a trial of what is known to keep shape and type
+            parametrize.register_parametrization(module, "weight", adapters[weight], unsafe=True)
 
 
 def size(model: nn.Module) -> int:
