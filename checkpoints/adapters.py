@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..zoo.lora import merge, split
+from ..zoo.optim import HEADS
 from .files import write_folder
 from .remote import read_json
 
@@ -92,9 +93,9 @@ def take(weights: dict[str, Tensor], fresh: Iterable[str]) -> dict[str, Tensor]:
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A digest of a model's vectors (norms, biases, D): small, and of no two trained models the same."""
+    """A digest of the vectors (norms, biases, D) below a model's head: small, and of no two trained models the same."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        if weights[name].ndim == 1:
+        if weights[name].ndim == 1 and not name.startswith(HEADS):
             digest.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())
     return digest.hexdigest()

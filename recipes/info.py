@@ -79,7 +79,9 @@ def inference_memory(model: "Task", config: "BackboneConfig", tokens: int, activ
     """An estimate in bytes: weights, the state, and what a layer has at once of the tokens that it reads."""
     weights = activation_bytes * sum(p.numel() for p in model.parameters())
     d_inner = config.mamba.expand * config.d_model
-    state = config.n_layers * d_inner * (4 * config.mamba.d_state + activation_bytes * (config.mamba.d_conv - 1))
+    state = (
+        config.n_layers * d_inner * (4 * config.mamba.d_state + activation_bytes * (config.mamba.d_conv - 1))
+    )
     # the float32 stream and the norm's output, both halves of in_proj, and the scan's input, step and output
     layer = tokens * (4 * config.d_model + activation_bytes * (config.d_model + 5 * d_inner))
     return weights + state + layer
