@@ -89,7 +89,10 @@ def arguments_from(config: dict[str, Any], where: str) -> dict[str, Any]:
     if backbone.get("d_mlp"):
         # mamba_ssm rounds it up
         backbone["d_mlp"] = -(-backbone["d_mlp"] // 128) * 128
-    problems += BackboneConfig.problems(backbone)
+    try:
+        backbone = BackboneConfig.from_dict(backbone).to_dict()
+    except ValueError as error:
+        problems += str(error).splitlines()
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
         problems.append(f"vocab_size: must be a whole number above 0, not {vocab_size!r}")

@@ -101,8 +101,8 @@ class Start:
         here, there = vocabulary_from_dict(kept).names(), vocabulary_from_dict(kept_there).names()
         if here == there and padded(size) == padded(size_there):
             return None
-        places = {name: i for i, name in enumerate(there) if name}
-        pairs = [(i, places[name]) for i, name in enumerate(here) if name in places]
+        places = {name: i for i, name in enumerate(there[:size_there]) if name}
+        pairs = [(i, places[name]) for i, name in enumerate(here[:size]) if name in places]
         if here != there:
             log.warning(
                 "model.%s: %s has another vocabulary: of %d tokens the rows of %d, which it knows, are kept, and %d "
