@@ -73,7 +73,7 @@ class Start:
         Raises:
             ValueError: with a line for each part, when the model is another one.
         """
-        tokens = self._same_tokens(launch)
+        tokens = self._same_tokens(launch, say)
         kind = self.stored.task.rpartition(".")[2]
         try:
             result = transfer(launch.model, self.stored.weights, tokens)
@@ -89,7 +89,7 @@ class Start:
             print("\n".join([f"from {self.name}, a {kind}", *result.lines]))
             print(f"  {finetuning.mode:12} {describe(launch.model)}", flush=True)
 
-    def _same_tokens(self, launch: Launch) -> list[tuple[int, int]] | None:
+    def _same_tokens(self, launch: Launch, say: bool) -> list[tuple[int, int]] | None:
         """The pairs of tokens (here, there) that are the same; None where the vocabularies are."""
         size, size_there = launch.model.hparams.get("vocab_size"), self.stored.arguments.get("vocab_size")
         kept, kept_there = launch.datamodule.vocabulary, self.stored.vocabulary
@@ -103,7 +103,7 @@ class Start:
             return None
         places = {name: i for i, name in enumerate(there[:size_there]) if name}
         pairs = [(i, places[name]) for i, name in enumerate(here[:size]) if name in places]
-        if here != there:
+        if here != there and say:
             log.warning(
                 "model.%s: %s has another vocabulary: of %d tokens the rows of %d, which it knows, are kept, and %d "
                 "start anew", PRETRAINED, self.name, len(here), len(pairs), len(here) - len(pairs),
