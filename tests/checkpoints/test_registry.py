@@ -17,7 +17,7 @@ import torch
 import yaml
 from huggingface_hub import constants, errors
 from mambazoo.checkpoints import registry, remote
-from mambazoo.checkpoints.io import Stored, empty, from_pretrained, load, save_pretrained
+from mambazoo.checkpoints.io import Stored, empty, export, from_pretrained, load, read, save_pretrained
 from mambazoo.checkpoints.registry import entries, find, locate
 from mambazoo.datamodules.vocab import train_bpe
 from mambazoo.recipes.cli import main
@@ -125,6 +125,22 @@ def test_a_model_without_a_tokenizer_gets_the_one_of_its_entry(
     (tmp_path / "words" / "tokenizer.json").write_text(words["json"])
     hub("some/words", tmp_path / "words")
     assert load("theirs")[1] == words
+
+
+def test_text_is_generated_by_a_model_of_the_hub(
+    hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = train_bpe(iter(["some words and other words"]), 265)
+    save_pretrained(
+        LanguageModel({"d_model": 16, "n_layers": 1}, words.size), words.to_dict(), tmp_path / "own"
+    )
+    for layout in ("transformers", "state-spaces"):
+        export(read(tmp_path / "own"), layout, tmp_path / layout, eos=words.eos)
+        hub(f"some/{layout}", tmp_path / layout)
+        with pytest.raises(SystemExit) as exit_:
+            main(["generate", f"some/{layout}", "--prompt", "some words", "--max-new-tokens", "5"])
+        assert exit_.value.code == 0
+        assert capsys.readouterr().out.startswith("some words")
 
 
 @pytest.mark.parametrize(
