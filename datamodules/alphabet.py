@@ -95,6 +95,10 @@ class Nucleotides:
     def byte_lengths(self) -> NDArray[np.int64]:
         return (np.arange(SIZE) < len(LETTERS)).astype(np.int64)
 
+    def names(self) -> list[bytes]:
+        # the separator is written as vocab.EOS is
+        return [*(letter.encode() for letter in LETTERS), b"<|eos|>", b"", b""]
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "nucleotides"}
 

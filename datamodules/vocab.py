@@ -40,6 +40,10 @@ class Vocabulary(Protocol):
         """How many bytes of text each token stands for (size,)."""
         ...
 
+    def names(self) -> list[bytes]:
+        """What each token is, alike in every vocabulary: its text, EOS for the separator, or nothing."""
+        ...
+
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -70,6 +74,9 @@ class Bytes:
         lengths = np.ones(self.size, dtype=np.int64)
         lengths[self.eos] = 0
         return lengths
+
+    def names(self) -> list[bytes]:
+        return [*(bytes([byte]) for byte in range(256)), EOS.encode()]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "bytes"}
@@ -133,13 +140,37 @@ class Subwords:
         special = {
             token for token, added in self.tokenizer.get_added_tokens_decoder().items() if added.special
         }
-        level = json.loads(self.tokenizer.to_str()).get("decoder") or {}
-        kinds = {level.get("type"), *(part.get("type") for part in level.get("decoders", ()))}
-        lengths = [_piece_length(piece, "ByteLevel" in kinds) for piece in pieces]
+        lengths = [_piece_length(piece, self._is_byte_level()) for piece in pieces]
         return np.array([0 if i in special else length for i, length in enumerate(lengths)], dtype=np.int64)
+
+    def names(self) -> list[bytes]:
+        pieces = [self.tokenizer.id_to_token(token) or "" for token in range(self.size)]
+        if self._is_byte_level():
+            byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+            named = [
+                bytes(byte_of[letter] for letter in piece) if byte_of.keys() >= set(piece) else piece.encode()
+                for piece in pieces
+            ]
+        else:
+            # the mark of a space in sentence-piece vocabularies
+            named = [piece.replace("\u2581", " ").encode() for piece in pieces]
+        named[self.eos] = EOS.encode()
+        return named
+
+    def _is_byte_level(self) -> bool:
+        """Whether a letter of a piece stands for a byte."""
+        level = json.loads(self.tokenizer.to_str()).get("decoder") or {}
+        return "ByteLevel" in {level.get("type"), *(part.get("type") for part in level.get("decoders", ()))}
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "subwords", "json": self.tokenizer.to_str()}
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level vocabularies write for each byte: itself if it can be printed, else one past 255."""
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
 
 
 def _piece_length(piece: str, byte_level: bool) -> int:

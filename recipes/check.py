@@ -3,6 +3,8 @@
 import contextlib
 import io
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 
@@ -12,17 +14,25 @@ def check(name: str, overrides: list[str]) -> int:
 
     config = compose(find(name), overrides)
     config.pop("name", None)
-    from .launch import Launch, data_problems
+    from .finetune import Start
+    from .launch import PRETRAINED, Launch, data_problems
 
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            launch = Launch(config)
-    except (ValueError, OSError) as error:
-        problems = str(error).splitlines()
-        problems += data_problems(config, problems)
-        print("\n".join(f"mambazoo: {problem}" for problem in dict.fromkeys(problems)), file=sys.stderr)
-        return 2
-    _report(launch)
+    with tempfile.TemporaryDirectory() as folder:
+        start = None
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                if PRETRAINED in (config.get("model") or {}):
+                    start = Start(config)
+                    config = start.complete(config, Path(folder))
+                launch = Launch(config)
+            if start is not None:
+                start.hand_over(launch, config)
+        except (ValueError, OSError) as error:
+            problems = str(error).splitlines()
+            problems += data_problems(config, problems)
+            print("\n".join(f"mambazoo: {problem}" for problem in dict.fromkeys(problems)), file=sys.stderr)
+            return 2
+        _report(launch)
     return 0
 
 

@@ -16,13 +16,17 @@ from typing import Any, NoReturn
 # what each verb that takes a recipe or a run and key=value overrides does
 _TRAINING = {
     "fit": "train a recipe: mambazoo fit language/demo trainer.max_steps=1000",
+    "finetune": "train a recipe from a pretrained model: mambazoo finetune language/finetune model.pretrained=NAME",
     "resume": "go on with a run, exactly, from its newest checkpoint",
     "validate": "measure a run's best checkpoint",
     "test": "measure a run's best checkpoint on its test split",
     "predict": "write what a run's best checkpoint says of each held-out sequence",
     "baseline": "what simple models reach on a recipe's data",
 }
-_FLAGS = ("generate", "score", "embed", "bench", "info")
+# those of them that take a recipe
+_STARTING = ("fit", "finetune", "baseline")
+# the modules of verbs that take flags
+_FLAGS = ("generate", "score", "embed", "bench", "info", "export", "importing")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -54,7 +58,7 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--version", action="store_true", help="print the version")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    listing = verbs.add_parser("ls", help="list the recipes")
+    listing = verbs.add_parser("ls", help="list the recipes and the models")
     listing.add_argument("filter", nargs="?", default="", help="a part of their names")
     for verb, summary in (
         ("show", "print a recipe with everything resolved"),
@@ -67,17 +71,14 @@ def _run(given: list[str]) -> int:
     copying.add_argument("recipe")
     copying.add_argument("path", nargs="?", help="where to; the recipe's own name by default")
     for verb, summary in _TRAINING.items():
-        what = (
-            "a packaged recipe, a YAML file, or a run folder"
-            if verb in ("fit", "baseline")
-            else "a run folder"
-        )
+        what = "a packaged recipe, a YAML file, or a run folder" if verb in _STARTING else "a run folder"
         _with_overrides(verbs.add_parser(verb, help=summary), what)
     modules: dict[str, Any] = {}
-    for verb in _FLAGS:
+    for name in _FLAGS:
         # their flags are declared beside their code, which imports PyTorch only when it runs
-        modules[verb] = __import__(f"{__package__}.{verb}", fromlist=["run"])
-        modules[verb].add_arguments(verbs.add_parser(verb, help=modules[verb].SUMMARY))
+        module = __import__(f"{__package__}.{name}", fromlist=["run"])
+        modules[module.NAME] = module
+        module.add_arguments(verbs.add_parser(module.NAME, help=module.SUMMARY))
 
     options = parser.parse_args(given)
     if options.version:
@@ -107,11 +108,18 @@ def _with_overrides(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _ls(options: argparse.Namespace) -> int:
+    from ..checkpoints.registry import entries
     from .find import packaged
 
-    for recipe in packaged():
-        if recipe.runs and options.filter in recipe.name:
-            print(f"{recipe.name:24} {recipe.head[0]}")
+    recipes = [recipe for recipe in packaged() if recipe.runs and options.filter in recipe.name]
+    models = [entry for entry in entries() if options.filter in entry.name]
+    for recipe in recipes:
+        print(f"{recipe.name:24} {recipe.head[0]}")
+    if recipes and models:
+        print()
+    for entry in models:
+        said = [f"{entry.parameters / 1e6:,.4g}M parameters", entry.data, entry.metric]
+        print(f"{entry.name:24} {entry.domain}: {'; '.join(filter(None, said))}")
     return 0
 
 

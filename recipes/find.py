@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent
-SECTIONS = ("seed_everything", "model", "data", "trainer", "callbacks", "loggers", "plugins")
+SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callbacks", "loggers", "plugins")
 # a run folder keeps the recipe it ran under this name
 KEPT = "recipe.yaml"
 

@@ -10,7 +10,8 @@ NAME, SUMMARY = "generate", "continue a prompt with a trained model"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run"
+        "checkpoint",
+        help="a model folder, a .ckpt file, a run, a name that `mambazoo ls` lists, or owner/name of the Hub",
     )
     parser.add_argument(
         "--prompt",

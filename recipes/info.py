@@ -11,32 +11,44 @@ if TYPE_CHECKING:
     from ..zoo.config import BackboneConfig
     from ..zoo.task import Task
 
-NAME, SUMMARY = "info", "print what a trained model is made of"
+NAME, SUMMARY = "info", "print what a trained model is made of, and the memory it takes"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", help="a model folder, a .ckpt file, a run, or runs/<recipe> for its newest run"
+        "checkpoint",
+        help="a model folder, a .ckpt file, a run, a name that `mambazoo ls` lists, or owner/name of the Hub",
     )
-    parser.add_argument("--length", type=int, default=2048, help="tokens to estimate the training memory for")
+    parser.add_argument("--length", type=int, default=2048, help="tokens to estimate the memory for")
 
 
 def run(arguments: Namespace) -> int:
-    from ..checkpoints.io import load
+    from ..checkpoints.io import empty, read
+    from ..checkpoints.registry import find
     from ..zoo.config import BackboneConfig
 
-    model, vocabulary = load(arguments.checkpoint)
-    hparams = dict(model.hparams)
-    config = BackboneConfig.from_dict(hparams["backbone"])
+    if arguments.length < 1:
+        raise ValueError(f"--length: must be 1 or more, not {arguments.length}")
+    # neither fetches nor reads weights where a config says enough
+    stored = read(arguments.checkpoint, weights=False)
+    model = empty(stored)
+    config = BackboneConfig.from_dict(stored.arguments["backbone"])
     print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
     for part, count in parameters_by_part(model).items():
         print(f"  {part:12} {count:>14,}")
-    print(f"vocabulary    {(vocabulary or {}).get('kind', 'none')}, {hparams.get('vocab_size')} tokens")
-    memory = training_memory(model, config, arguments.length, 4)
+    vocabulary = (stored.vocabulary or {}).get("kind", "none")
+    print(f"vocabulary    {vocabulary}, {stored.arguments.get('vocab_size')} tokens")
+    entry = find(arguments.checkpoint)
+    for key in ("data", "licence", "recipe", "commit", "metric") if entry else ():
+        if getattr(entry, key):
+            print(f"{key:13} {getattr(entry, key)}")
+    training = training_memory(model, config, arguments.length, 4)
+    inference = inference_memory(model, config, arguments.length, 4)
     print(
-        f"memory        about {memory / 2**30:.2f} GiB to train on {arguments.length} tokens at a time, in float32"
+        f"memory        about {training / 2**30:.2f} GiB to train on {arguments.length} tokens at a time, "
+        f"{inference / 2**30:.2f} GiB to read as many, in float32"
     )
-    print(json.dumps(hparams, indent=2))
+    print(json.dumps(stored.arguments, indent=2))
     return 0
 
 
@@ -76,11 +88,36 @@ def _rows(config: "BackboneConfig", tokens: int) -> "Iterator[tuple[BackboneConf
         yield from [(config.stage(i), length)] * (2 if i < len(config.pool) else 1)
 
 
-def _kept(row: "BackboneConfig", tokens: int, activation_bytes: int) -> float:
-    """What a row of blocks keeps for the backward, in bytes."""
+def _layer(row: "BackboneConfig", tokens: int, activation_bytes: int) -> int:
+    """What a layer keeps for the backward beside the stream, in bytes."""
     d_inner = row.mamba.expand * row.d_model
-    # the float32 stream, the norm's output, both halves of in_proj, and the scan's input, step and output
-    per_layer = tokens * (4 * row.d_model + activation_bytes * (row.d_model + 5 * d_inner))
-    if row.checkpoint_activations:
-        return per_layer + tokens * 4 * row.d_model * row.n_layers
-    return per_layer * row.n_layers
+    # the norm's output, both halves of in_proj, and the scan's input, step and output, for each direction
+    directions = 1 if row.bidirectional is None else 2
+    return _strands(row) * tokens * activation_bytes * (row.d_model + 5 * d_inner * directions)
+
+
+def _stream(row: "BackboneConfig", tokens: int) -> int:
+    """The residual stream, in float32."""
+    return _strands(row) * tokens * 4 * row.d_model
+
+
+def _strands(row: "BackboneConfig") -> int:
+    return 2 if row.reverse_complement else 1
+
+
+def _kept(row: "BackboneConfig", tokens: int, activation_bytes: int) -> int:
+    """What a row of blocks keeps for the backward, in bytes."""
+    layers = 1 if row.checkpoint_activations else row.n_layers
+    return _layer(row, tokens, activation_bytes) * layers + _stream(row, tokens) * row.n_layers
+
+
+def inference_memory(model: "Task", config: "BackboneConfig", tokens: int, activation_bytes: int) -> float:
+    """An estimate in bytes: weights, the state, and what a layer has at once of the tokens that it reads."""
+    weights = activation_bytes * sum(p.numel() for p in model.parameters())
+    state, layers = 0, []
+    for row, length in _rows(config, -(-tokens // model.hparams.get("patch", 1))):
+        mamba = row.mamba
+        channel = 4 * mamba.d_state + activation_bytes * (mamba.d_conv - 1)
+        state += row.n_layers * mamba.expand * row.d_model * channel
+        layers.append(_layer(row, length, activation_bytes) + _stream(row, length))
+    return weights + state + max(layers)

@@ -18,8 +18,13 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ..zoo.config import Config, nearest
+from ..zoo.finetune import FineTuning
 from .find import SECTIONS
 
+# what a model starts from, which is no argument of its class
+PRETRAINED = "pretrained"
+# the section that says which of its weights are trained
+FINETUNE = "finetune"
 # sections that hold named objects, each with a class_path of its own
 _OBJECTS = ("callbacks", "loggers", "plugins")
 
@@ -48,7 +53,7 @@ class Launch(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key, class_ in self.classes.items():
-            if key.startswith("callbacks."):
+            if key.startswith("callbacks.") or key == FINETUNE:
                 parser.add_lightning_class_args(class_, key)
             elif "." in key:
                 parser.add_class_arguments(class_, key)
@@ -78,6 +83,11 @@ class Launch(LightningCLI):
                     break
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
+
+    def callback(self, kind: type[Any]) -> Any:
+        """The recipe's callback of a kind, or None."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         for section, argument in (("loggers", "logger"), ("plugins", "plugins")):
@@ -174,6 +184,8 @@ def _split_classes(config: dict[str, Any]) -> tuple[dict[str, type], dict[str, A
     ]
     classes: dict[str, type] = {}
     values: dict[str, Any] = {"trainer": dict(config.get("trainer") or {})}
+    if config.get(FINETUNE) is not None:
+        classes[FINETUNE], values[FINETUNE] = FineTuning, dict(config[FINETUNE])
     if "seed_everything" in config:
         values["seed_everything"] = config["seed_everything"]
     places: list[tuple[str, Any]] = [(key, config.get(key)) for key in ("model", "data")]
@@ -185,12 +197,13 @@ def _split_classes(config: dict[str, Any]) -> tuple[dict[str, type], dict[str, A
             problems.append(f"{key}.class_path: must name the class to build")
             continue
         try:
-            classes[key] = _import(value["class_path"])
+            classes[key] = import_class(value["class_path"])
         except ValueError as error:
             problems.append(f"{key}.class_path: {error}")
             continue
         section, _, name = key.partition(".")
-        rest = {option: setting for option, setting in value.items() if option != "class_path"}
+        left_out = ("class_path", PRETRAINED) if key == "model" else ("class_path",)
+        rest = {option: setting for option, setting in value.items() if option not in left_out}
         if name:
             values.setdefault(section, {})[name] = rest
         else:
@@ -200,11 +213,16 @@ def _split_classes(config: dict[str, Any]) -> tuple[dict[str, type], dict[str, A
     return classes, values, problems
 
 
-def _import(path: str) -> type:
+def import_class(path: str) -> type:
+    """The class of a dotted path.
+
+    Raises:
+        ValueError: when there is none; the message names the nearest.
+    """
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"{path!r} cannot be imported ({error})") from None
     found = getattr(module, name, None)
     if not isinstance(found, type):
@@ -254,6 +272,9 @@ def _plain(detail: str) -> str:
             "list": "a list",
         }
         return f"must be {words.get(match[1], match[1])}, not {match[2]!r}"
+    if match := re.search(r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)", line):
+        options = match[1].replace("'", "")
+        return f"must be one of {options}, not {match[2]!r}"
     if match := re.search(r"Subtypes: \[(.*?)\] .*Given value: (.*)", line):
         kinds = re.sub(r"<class '([\w.]+)'>", r"\1", match[1]).replace("NoneType", "null")
         return f"must be one of {kinds}, not {match[2]}"

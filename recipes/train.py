@@ -3,17 +3,22 @@
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.io import TOKENIZER, load, save_pretrained
+from ..checkpoints.io import read, save
+from ..checkpoints.remote import TOKENIZER
+from ..zoo.finetune import FineTuning
 from ..zoo.journal import rewind_journal
+from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import compose, find
-from .launch import Launch, quiet, reuse_memory
+from .find import Recipe, compose, find
+from .finetune import Start, save_adapter
+from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .runs import latest_run, make_run, plot_losses, record, summarise
 
 # the callbacks that a run without training needs
@@ -24,22 +29,40 @@ def fit(name: str, overrides: list[str]) -> int:
     """Train a recipe from its start, in a run folder of its own."""
     recipe = find(name)
     config = compose(recipe, overrides)
+    if (config.get("model") or {}).get(PRETRAINED):
+        raise ValueError(f"model.{PRETRAINED}: `fit` starts from nothing; write mambazoo finetune {name}")
+    return _begin(recipe, overrides, config, None)
+
+
+def finetune(name: str, overrides: list[str]) -> int:
+    """Train a recipe from the weights of the model that it names, in a run folder of its own."""
+    recipe = find(name)
+    config = compose(recipe, overrides)
+    return _begin(recipe, overrides, config, Start(config))
+
+
+def _begin(recipe: Recipe, overrides: list[str], config: dict[str, Any], start: Start | None) -> int:
     run = make_run(Path(config.get("trainer", {}).get("default_root_dir") or "runs"), recipe.name)
+    main = "LOCAL_RANK" not in os.environ
     try:
         config = compose(recipe, [*overrides, f"trainer.default_root_dir={run}"])
+        if start is not None:
+            config = start.complete(config, run)
         launch = Launch(config)
         _prepare(launch)
+        if start is not None:
+            start.hand_over(launch, config, say=main)
     except BaseException:
         # nothing has happened yet that would be worth a folder
-        if not any(run.iterdir()):
-            run.rmdir()
+        if main:
+            shutil.rmtree(run, ignore_errors=True)
         raise
     if launch.trainer.is_global_zero:
         record(run, recipe.name, config)
         vocabulary = launch.datamodule.vocabulary
         if vocabulary and "json" in vocabulary:
             (run / TOKENIZER).write_text(vocabulary["json"], encoding="utf-8")
-    return _train(launch, run, recipe.name)
+    return _train(launch, config, run, recipe.name)
 
 
 def resume(name: str, overrides: list[str]) -> int:
@@ -65,7 +88,7 @@ def resume(name: str, overrides: list[str]) -> int:
     if launch.trainer.is_global_zero:
         rewind_journal(run, step)
     print(f"resuming {run} after step {step}", flush=True)
-    return _train(launch, run, recipe.name, path)
+    return _train(launch, config, run, recipe.name, path)
 
 
 def validate(name: str, overrides: list[str]) -> int:
@@ -122,16 +145,18 @@ def _prepare(launch: Launch) -> None:
     """Read the data before anything else: what is wrong with it is said before a run exists."""
     if "LOCAL_RANK" not in os.environ:
         logging.getLogger("mambazoo").setLevel(logging.INFO)
-        launch.datamodule.prepare_data()
-        launch.datamodule.setup("fit")
+    launch.datamodule.prepare_data()
+    launch.datamodule.setup("fit")
 
 
-def _train(launch: Launch, run: Path, name: str, checkpoint: Path | None = None) -> int:
+def _train(
+    launch: Launch, config: dict[str, Any], run: Path, name: str, checkpoint: Path | None = None
+) -> int:
     trainer = launch.trainer
     if trainer.strategy.root_device.type == "cpu":
         reuse_memory()
-    stopping = _callback(launch, GracefulStop)
-    checkpoints = _callback(launch, Checkpoints)
+    stopping = launch.callback(GracefulStop)
+    checkpoints = launch.callback(Checkpoints)
     with quiet():
         try:
             trainer.fit(launch.model, launch.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -145,37 +170,40 @@ def _train(launch: Launch, run: Path, name: str, checkpoint: Path | None = None)
             print(f"stopped after step {trainer.global_step}; go on with\n  mambazoo resume {run}")
         return 128 + stopping.received
     if trainer.is_global_zero:
-        _finish(launch, run, name)
+        _finish(launch, config, run, name)
     return 0
 
 
-def _finish(launch: Launch, run: Path, name: str) -> None:
+def _finish(launch: Launch, config: dict[str, Any], run: Path, name: str) -> None:
     """Leave the result in the run folder and say where everything is."""
-    checkpoints = _callback(launch, Checkpoints)
-    throughput = _callback(launch, Throughput)
+    checkpoints = launch.callback(Checkpoints)
+    throughput = launch.callback(Throughput)
     summary = summarise(
         run,
         name,
         checkpoints.monitor if checkpoints else "val/loss",
         checkpoints.mode if checkpoints else "min",
-        sum(parameter.numel() for parameter in launch.model.parameters()),
+        size(launch.model),
         throughput.tokens if throughput else 0,
         throughput.seconds if throughput else 0.0,
     )
     plot = plot_losses(run)
     best = run / "checkpoints" / BEST
+    finetuning, adapter = launch.callback(FineTuning), ""
     if best.exists():
-        model, vocabulary = load(best, task=type(launch.model))
         extra = {file: (run / file).read_text(encoding="utf-8") for file in ("recipe.yaml",)}
         extra["metrics.json"] = json.dumps(summary, indent=2)
         extra["README.md"] = _card(name, run, summary)
-        save_pretrained(model, vocabulary, run / "model", extra)
+        save(read(best), run / "model", extra)
+        if finetuning is not None and finetuning.mode == "lora":
+            written = save_adapter(launch, config, best, run / "adapter")
+            adapter = f"\n  adapter      {run / 'adapter'}, {written / 1024:,.0f} KB"
     scores = "  ".join(f"{key} {value:.4f}" for key, value in sorted(summary["val"].items()))
     print(
         f"\n{name}: {scores or 'no validation'}  at step {summary['best_step']} of {summary['steps']}\n"
         f"  {summary['parameters']:,} parameters, {summary['seconds']:.0f} s, "
         f"{summary['tokens_per_second'] or 0:,} tokens a second\n"
-        f"  model        {run / 'model'}\n"
+        f"  model        {run / 'model'}{adapter}\n"
         f"  checkpoints  {run / 'checkpoints'}\n"
         f"  log          {run / 'metrics.csv'}\n"
         f"  loss plot    {plot}",
@@ -237,7 +265,7 @@ def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
     """Say what a resumed run cannot change: the model, and what the optimiser's saved state would override."""
     before, after = _flat(kept), _flat(config)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    refused = [key for key in changed if key.startswith("model.")]
+    refused = [key for key in changed if key.startswith(("model.", "finetune."))]
     if refused:
         raise ValueError(
             "\n".join(
@@ -262,8 +290,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, item in value.items()
         for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()
     }
-
-
-def _callback(launch: Launch, kind: type[Any]) -> Any:
-    callbacks: list[Any] = launch.trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -52,6 +52,18 @@ def genome(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """A table of a hundred labelled sequences: those of class b have a motif."""
+    draw, path = random.Random(1), tmp_path / "labelled.tsv"
+    rows = ["sequence\tlabel"]
+    for i in range(100):
+        bases = "".join(draw.choices("ACGT", k=24))
+        rows.append(f"{bases[:12]}{'AAGCAAGCA' if i % 2 else ''}{bases[12:]}\t{'ab'[i % 2]}")
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A folder of thirty small documents."""
     folder = tmp_path / "texts"

@@ -73,7 +73,8 @@ def test_no_file_outgrows_its_idea() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cli", "find", "generate", "score", "embed", "dna", "device", "bench", "info"]
+    "name",
+    ["cli", "find", "generate", "score", "embed", "dna", "device", "bench", "info", "export", "importing"],
 )
 def test_verbs_that_read_recipes_start_without_torch(name: str) -> None:
     for _, module, _, top in imports(ROOT / "recipes" / f"{name}.py"):

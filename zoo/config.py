@@ -255,10 +255,12 @@ class OptimizerConfig(Config):
     schedule: str = "cosine"
     warmup_steps: int = 0
     min_lr: float = 1e-5
+    # each layer's rate is this times that of the layer above it; for fine-tuning
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
-        _positive("optimizer", self, "lr", "eps")
+        _positive("optimizer", self, "lr", "eps", "layer_decay")
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:

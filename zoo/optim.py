@@ -1,6 +1,7 @@
 """How parameters are updated: which of them decay, which stay in float32, and the learning rate over the steps."""
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from .config import OptimizerConfig
 
 # of the state space itself: no decay pulls them to zero, and low precision would change what is remembered
 STATE_SPACE = ("A_log", "A_imag", "D", "dt_bias", "dt_proj.bias")
+
+# what reads a backbone's output
+HEADS = ("head", "classifier")
 
 
 def is_state_space(name: str) -> bool:
@@ -21,14 +25,43 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not is_state_space(name)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split what is trained into the group that decays and the one that does not."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
+def depths(model: nn.Module) -> dict[str, int]:
+    """How far every parameter is from the input, by its names.
+
+    0 is what makes vectors of inputs, i the i-th layer, and the largest what reads the last one. A parameter that is
+    shared counts where it is farthest.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    layers = {name: re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in names}
+    top = 1 + max((1 + int(match[1]) for match in layers.values() if match), default=0)
+    farthest: dict[nn.Parameter, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        match = layers[name]
+        last = name.startswith(HEADS) or ".norm_f." in f".{name}"
+        depth = 1 + int(match[1]) if match else top if last else 0
+        farthest[parameter] = max(depth, farthest.get(parameter, 0))
+    return {name: farthest[p] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, object]]:
+    """Split what is trained by whether it decays and, where layer_decay is not 1, by its depth.
+
+    `scale` of a group is what its learning rate is multiplied by: layer_decay for each step down from the output
+    (ELECTRA, 2003.10555, section 3.1).
+    """
+    depth = depths(model)
+    top = max(depth.values(), default=0)
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((layer_decay ** (top - depth[name]), decays(name, p)), []).append(p)
+    # the largest rate first: it is the one that is logged
+    return [
+        {"params": groups[scale, decay], "weight_decay": weight_decay if decay else 0.0, "scale": scale}
+        for scale, decay in sorted(groups, reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -46,7 +79,9 @@ def build_optimizer(
     model: nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over the groups, and its schedule, to be stepped once an optimiser step."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    for group in groups:
+        group["lr"] = config.lr * group.pop("scale")  # type: ignore[operator]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, config, total_steps) / config.lr

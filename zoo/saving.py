@@ -54,8 +54,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a trainer's checkpoint: tensors and plain values only, never code.
+def read_tensors(path: Path, *, mmap: bool = False) -> Any:
+    """Read what torch.save wrote: tensors and plain values only, never code; with mmap, pages when they are used.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -67,12 +67,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint, or not a whole one: {path.stat().st_size} bytes")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as tensors and plain values, and is not loaded otherwise: {detail}"
         ) from None
+
+
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a trainer's checkpoint as `read_tensors` does.
+
+    Raises:
+        FileNotFoundError, ValueError: as there, and when it holds no model.
+    """
+    checkpoint = read_tensors(path, mmap=mmap)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} holds no model: it has no state_dict")
     return checkpoint

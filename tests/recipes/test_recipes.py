@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from mambazoo.checkpoints.io import save_pretrained
+from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
 from mambazoo.recipes.cli import main
-from mambazoo.recipes.find import ROOT, compose, find, packaged
+from mambazoo.recipes.find import ROOT, Recipe, compose, find, packaged
+from mambazoo.zoo.genomics import GenomeModel
+from mambazoo.zoo.language import LanguageModel
 
 TINY = Path(__file__).resolve().parents[1] / "tiny.yaml"
 RECIPES = [recipe for recipe in packaged() if recipe.runs]
@@ -41,35 +45,46 @@ def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: py
     return run
 
 
-def tiny(name: str, folder: Path, small: Small) -> Path:
+def verb(recipe: Recipe) -> str:
+    """What starts a recipe, as its head says."""
+    return recipe.head[1].split()[1]
+
+
+def given(recipe: Recipe, small: Small) -> list[str]:
+    """What has to be said of a recipe to run it on something small."""
+    domain = recipe.name.split("/")[0]
+    values = small[domain] | small.get(recipe.name, {})
+    overrides = [f"data.{key}={json.dumps(value)}" for key, value in values.items()]
+    if verb(recipe) == "finetune":
+        overrides.append(f"model.pretrained={small['models'][domain]}")
+    return overrides
+
+
+def tiny(name: str, folder: Path) -> Path:
     """A recipe that extends a packaged one and makes it small."""
     values = yaml.safe_load(TINY.read_text())
-    values["data"] |= of(name, small)
     path = folder / f"{name.replace('/', '-')}.yaml"
     path.write_text(yaml.safe_dump({"extends": name, **values}))
     return path
 
 
 @pytest.fixture
-def small(texts: Path, genome: Path, tmp_path: Path) -> Small:
-    """Something small of every domain to train on, and of a recipe that needs another kind."""
-    table = tmp_path / "table.tsv"
-    rows = (f"{'ab'[i % 2]}\t{'ACGT' * (5 + i % 7)}{'AC'[i % 2] * i}" for i in range(60))
-    table.write_text("\n".join(("label\tsequence", *rows)))
+def small(texts: Path, genome: Path, labelled: Path, tmp_path: Path) -> Small:
+    """Something small of every domain to train on, what single recipes need instead, and models to start from."""
     other = tmp_path / "other.fa"
     other.write_bytes(genome.read_bytes().replace(b"A", b"G"))
+    size = {"d_model": 16, "n_layers": 2}
+    save_pretrained(LanguageModel(size, 257), {"kind": "bytes"}, tmp_path / "language")
+    save_pretrained(GenomeModel(size, SIZE, COMPLEMENT), {"kind": "nucleotides"}, tmp_path / "genomics")
     return {
         "language": {"paths": str(texts)},
         "genomics": {"paths": str(genome)},
         "genomics/pretrain-human": {"valid": ["chr0"], "test": ["chr1"], "length_warmup": [64]},
-        "genomics/classify": {"paths": str(table)},
+        "genomics/classify": {"paths": str(labelled)},
+        "genomics/finetune": {"paths": str(labelled)},
         "genomics/species": {"paths": [str(genome), str(other)]},
+        "models": {name: str(tmp_path / name) for name in ("language", "genomics")},
     }
-
-
-def of(name: str, small: Small) -> dict[str, Any]:
-    """The values of `data` for a recipe."""
-    return small[name.split("/")[0]] | small.get(name, {})
 
 
 def test_recipes_and_fragments_are_found() -> None:
@@ -85,17 +100,17 @@ def test_recipes_and_fragments_are_found() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: object) -> None:
-    head = recipe.head  # type: ignore[attr-defined]
-    assert f"mambazoo fit {recipe.name}" in head[1]  # type: ignore[attr-defined]
-    assert len(head) >= 3
+def test_a_recipe_says_what_it_shows_and_how_to_run_it(recipe: Recipe) -> None:
+    assert verb(recipe) in ("fit", "finetune")
+    assert recipe.head[1].startswith(f"mambazoo {verb(recipe)} {recipe.name}")
+    assert len(recipe.head) >= 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.filterwarnings("ignore")
-def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path: Path, small: Small) -> None:
-    name: str = recipe.name  # type: ignore[attr-defined]
-    result = mambazoo("fit", str(tiny(name, tmp_path, small)))
+def test_every_recipe_runs_one_batch(recipe: Recipe, mambazoo: Command, tmp_path: Path, small: Small) -> None:
+    name = recipe.name
+    result = mambazoo(verb(recipe), str(tiny(name, tmp_path)), *given(recipe, small))
     assert result.code == 0, result.err
     run = tmp_path / "runs" / name.replace("/", "-") / "1"
     summary = json.loads((run / "summary.json").read_text())
@@ -116,8 +131,7 @@ def test_every_recipe_runs_one_batch(recipe: object, mambazoo: Command, tmp_path
 
 def test_every_recipe_passes_its_own_check(mambazoo: Command, small: Small) -> None:
     for recipe in RECIPES:
-        values = (f"data.{key}={json.dumps(value)}" for key, value in of(recipe.name, small).items())
-        result = mambazoo("check", recipe.name, *values)
+        result = mambazoo("check", recipe.name, *given(recipe, small))
         assert result.code == 0, result.err
         assert "back end" in result.out
 

@@ -339,7 +339,7 @@ def test_a_folder_that_does_not_fit_is_explained(tmp_path: Path) -> None:
         "none of this package": {**config, "task": "mambazoo.zoo.backbone.Backbone"},
         "does not fit": {**config, "model": {**config["model"], "vocab_size": 99}},
         "does not take": {**config, "model": {**config["model"], "wings": 2}},
-        "not the config of a model": {"hello": 1},
+        "of a kind that is not read": {"hello": 1},
     }
     for message, value in cases.items():
         (folder / "config.json").write_text(json.dumps(value))

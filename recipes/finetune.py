@@ -1,0 +1,150 @@
+"""What a recipe takes over from the pretrained model that it names, and how its own model gets the weights."""
+
+import inspect
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ..checkpoints import adapters
+from ..checkpoints.io import read, vocabulary_texts
+from ..checkpoints.remote import TOKENIZER
+from ..datamodules.vocab import vocabulary_from_dict
+from ..zoo.config import SIZES
+from ..zoo.finetune import FineTuning, describe, transfer
+from ..zoo.frontends import padded
+from ..zoo.saving import read_checkpoint
+from .launch import FINETUNE, PRETRAINED, Launch, import_class
+
+log = logging.getLogger(__name__)
+
+
+class Start:
+    """The model that a recipe starts from.
+
+    Raises:
+        ValueError: when the recipe names none, or what it names is no model.
+        OSError: when that is not here and cannot be fetched.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        name = (config.get("model") or {}).get(PRETRAINED)
+        if not name:
+            raise ValueError(
+                f"model.{PRETRAINED}: must be given: a run, a model folder, a name that `mambazoo ls` lists, or "
+                "owner/name of the Hugging Face Hub"
+            )
+        self.name = str(name)
+        try:
+            self.stored = read(self.name)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"model.{PRETRAINED}: {error}") from None
+
+    def complete(self, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The recipe with what it leaves open and the pretrained model decides: its shape and its tokenizer.
+
+        The tokenizer is written to the folder.
+        """
+        # a run is its best checkpoint now, whatever runs there will be
+        place = str(self.stored.place) if Path(self.name).expanduser().exists() else self.name
+        model, data, arguments = dict(config["model"]), dict(config.get("data") or {}), self.stored.arguments
+        given = dict(model.get("backbone") or {})
+        given = {**SIZES.get(given.pop("size", ""), {}), **given}
+        model["backbone"] = OmegaConf.to_container(
+            OmegaConf.merge(_plain(arguments.get("backbone", {})), given)
+        )
+        if "tie_embeddings" in arguments and _takes(model, "tie_embeddings"):
+            model.setdefault("tie_embeddings", arguments["tie_embeddings"])
+        vocabulary = self.stored.vocabulary
+        of_text = vocabulary is not None and vocabulary["kind"] in ("bytes", "subwords")
+        if vocabulary and of_text and "tokenizer" not in data and _takes(data, "tokenizer"):
+            data["tokenizer"] = vocabulary["kind"]
+            for name, text in vocabulary_texts(vocabulary, {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
+                data["tokenizer"] = str(folder / TOKENIZER)
+        model[PRETRAINED] = place
+        return {**config, "model": model, "data": data, FINETUNE: dict(config.get(FINETUNE) or {})}
+
+    def hand_over(self, launch: Launch, config: dict[str, Any], *, say: bool = True) -> None:
+        """Give the launched model its weights, freeze what is not trained, and keep in the recipe what starts anew.
+
+        Raises:
+            ValueError: with a line for each part, when the model is another one.
+        """
+        tokens = self._same_tokens(launch, say)
+        kind = self.stored.task.rpartition(".")[2]
+        try:
+            result = transfer(launch.model, self.stored.weights, tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"model.{PRETRAINED}: {self.name}, a {kind}, does not fit; leave model.backbone out to have its own\n"
+                f"{error}"
+            ) from None
+        finetuning = launch.callback(FineTuning)
+        finetuning.fresh = config[FINETUNE]["fresh"] = result.fresh
+        finetuning.prepare(launch.model)
+        if say:
+            print("\n".join([f"from {self.name}, a {kind}", *result.lines]))
+            print(f"  {finetuning.mode:12} {describe(launch.model)}", flush=True)
+
+    def _same_tokens(self, launch: Launch, say: bool) -> list[tuple[int, int]] | None:
+        """The pairs of tokens (here, there) that are the same; None where the vocabularies are."""
+        size, size_there = launch.model.hparams.get("vocab_size"), self.stored.arguments.get("vocab_size")
+        kept, kept_there = launch.datamodule.vocabulary, self.stored.vocabulary
+        if size is None or size_there is None:
+            return None
+        if kept is None or kept_there is None:
+            # without names a token is its number
+            return None if size == size_there else [(i, i) for i in range(min(size, size_there))]
+        here, there = vocabulary_from_dict(kept).names(), vocabulary_from_dict(kept_there).names()
+        if here == there and padded(size) == padded(size_there):
+            return None
+        places = {name: i for i, name in enumerate(there[:size_there]) if name}
+        pairs = [(i, places[name]) for i, name in enumerate(here[:size]) if name in places]
+        if here != there and say:
+            log.warning(
+                "model.%s: %s has another vocabulary: of %d tokens the rows of %d, which it knows, are kept, and %d "
+                "start anew", PRETRAINED, self.name, len(here), len(pairs), len(here) - len(pairs),
+            )  # fmt: skip
+        return pairs
+
+
+def save_adapter(launch: Launch, config: dict[str, Any], best: Path, folder: Path) -> int:
+    """Write what a run with LoRA has learnt, alone, from its best checkpoint; return the bytes of its weights."""
+    stored, fresh = read(best), launch.callback(FineTuning).fresh
+    weights = adapters.take(read_checkpoint(best)["state_dict"], fresh)
+    base = Path(config["model"][PRETRAINED]).expanduser()
+    name = os.path.relpath(base, folder) if base.exists() else config["model"][PRETRAINED]
+    values: dict[str, Any] = {}
+    texts = vocabulary_texts(stored.vocabulary, values)
+    adapters.save(
+        folder,
+        adapters.Adapter(
+            name,
+            adapters.fingerprint(stored.weights),
+            stored.task,
+            stored.arguments,
+            values["vocabulary"],
+            weights,
+        ),
+        texts,
+    )
+    return (folder / adapters.WEIGHTS).stat().st_size
+
+
+def _takes(section: dict[str, Any], argument: str) -> bool:
+    """Whether the class of a section has such an argument."""
+    try:
+        return argument in inspect.signature(import_class(str(section.get("class_path")))).parameters
+    except ValueError:
+        # what is wrong with the class is said where it is built
+        return False
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, as recipes have them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
