@@ -31,6 +31,9 @@ class AttentionState(NamedTuple):
 class Attention(Mixer):
     """Causal attention of d_model / d_head heads."""
 
+    # tokens that look into a window at once: for each there is a row of a mask
+    PART = 1024
+
     in_proj: nn.Linear
     out_proj: nn.Linear
 
@@ -97,7 +100,7 @@ class Attention(Mixer):
             return F.scaled_dot_product_attention(_turn(q, places), _turn(k, places), v, is_causal=True), None
         state = state or self._empty(qkv.shape[1], qkv.device, qkv.dtype)
         parts = []
-        for part in qkv.split(self.window, 3):
+        for part in qkv.split(min(self.window, self.PART), 3):
             y, state = self._go_on(part, state)
             parts.append(y)
         return torch.cat(parts, 2), state if kept else None

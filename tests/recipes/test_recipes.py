@@ -64,6 +64,9 @@ def small(texts: Path, genome: Path, tmp_path: Path) -> Small:
         "genomics/pretrain-human": {"valid": ["chr0"], "test": ["chr1"], "length_warmup": [64]},
         "genomics/classify": {"paths": str(table)},
         "genomics/species": {"paths": [str(genome), str(other)]},
+        "synthetic": {},
+        "synthetic/mqar": {"pairs": 4, "vocab_size": 40},
+        "synthetic/induction-heads": {"valid_lengths": [32, 48]},
     }
 
 
