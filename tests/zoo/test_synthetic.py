@@ -6,7 +6,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from mambazoo.datamodules.associative_recall import AssociativeRecallDataModule
 from mambazoo.datamodules.induction_heads import InductionHeadsDataModule
+from mambazoo.datamodules.selective_copying import SelectiveCopyingDataModule
+from mambazoo.datamodules.synthetic import SyntheticDataModule
 from mambazoo.zoo.heads import IGNORE
 from mambazoo.zoo.synthetic import SyntheticTask
 
@@ -100,3 +103,58 @@ def test_the_trainer_tests_every_length() -> None:
     }  # fmt: skip
     lengths = [found[f"test/accuracy_{length}"] for length in (8, 16, 40)]
     assert math.isclose(sum(lengths) / 3, found["test/accuracy"], rel_tol=1e-6)
+
+
+SMALL_COPYING = {"length": 16, "tokens": 2, "vocab_size": 6, "batch_size": 16}
+MAMBA = {"d_model": 64, "n_layers": 2, "mamba": {"d_state": 8}}
+
+
+def learn(
+    data: SyntheticDataModule, backbone: dict[str, Any], steps: int, lr: float, **optimizer: Any
+) -> dict[str, float]:
+    """What a model reaches on the test rows after so many steps."""
+    config = {"lr": lr, "weight_decay": 0.0, "warmup_steps": 20, "schedule": "constant", **optimizer}
+    model = SyntheticTask(backbone, data.vocab_size, optimizer=config)
+    run = trainer(max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0)
+    run.fit(model, data)
+    [found] = run.test(model, data, verbose=False)
+    return dict(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_selective_copying_is_learnt_sooner_than_by_a_model_that_does_not_select() -> None:
+    found, control = (
+        learn(SelectiveCopyingDataModule(**SMALL_COPYING, held_out_rows=256), backbone, 150, 5e-3)
+        for backbone in (MAMBA, {**MAMBA, "pattern": "s4d", "s4d": {"d_state": 8}})
+    )
+    assert found["test/accuracy"] > 0.97
+    assert control["test/sequence_accuracy"] < found["test/sequence_accuracy"] - 0.03
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_plain_copying_is_learnt_by_a_model_that_does_not_select() -> None:
+    data = SelectiveCopyingDataModule(
+        length=24, tokens=3, vocab_size=6, selective=False, batch_size=16, held_out_rows=256
+    )
+    backbone = {"d_model": 32, "n_layers": 1, "pattern": "s4d"}
+    found = learn(data, backbone, 120, 5e-3)
+    assert found["test/accuracy"] > 0.97
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_induction_heads_are_learnt_and_go_on_at_lengths_never_seen() -> None:
+    data = InductionHeadsDataModule(
+        length=16, test_lengths=[8, 16, 64], vocab_size=8, batch_size=16, held_out_rows=256
+    )
+    backbone = {"d_model": 32, "n_layers": 1, "mamba": {"d_state": 8}}
+    found = learn(data, backbone, 160, 1e-2, schedule="cosine", min_lr=1e-3)
+    assert found["test/accuracy_16"] > 0.97
+    assert found["test/accuracy_64"] > 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recall_is_learnt_by_a_hybrid() -> None:
+    data = AssociativeRecallDataModule(length=24, pairs=4, vocab_size=16, batch_size=32, held_out_rows=256)
+    backbone = {"d_model": 32, "n_layers": 2, "pattern": "mamba + attention", "attention": {"d_head": 16}}
+    found = learn(data, backbone, 120, 5e-3)
+    assert found["test/accuracy"] > 0.97
