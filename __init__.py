@@ -22,6 +22,7 @@ _FACE = {
     "GenomeModel": "zoo.genomics",
     "WaveformModel": "zoo.audio",
     "SequenceClassifier": "zoo.classification",
+    "SyntheticTask": "zoo.synthetic",
     "TextDataModule": "datamodules.text",
     "GenomeDataModule": "datamodules.genomics",
     "LabelledSequenceDataModule": "datamodules.labelled",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .zoo.genomics import GenomeModel as GenomeModel
     from .zoo.language import LanguageModel as LanguageModel
     from .zoo.mamba import Mamba as Mamba
+    from .zoo.synthetic import SyntheticTask as SyntheticTask
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,7 @@ class DataModule(L.LightningDataModule):
     def _held_out(self, split: str) -> DataLoader[Any]:
         world, rank = self._world()
         batches = OrderedBatches(len(self.samples[split]), self.batch_size, rank, world)
-        return self._loader(_InOrder(self.samples[split]), batches)
+        return self._loader(InOrder(self.samples[split]), batches)
 
     def _loader(self, dataset: Dataset[Any], batches: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -147,7 +147,7 @@ class Ordered(Dataset[Any]):
         return self.samples.read(permute(index, len(self.samples), self.seed, pass_), pass_)
 
 
-class _InOrder(Dataset[Any]):
+class InOrder(Dataset[Any]):
     """Held-out samples by their index, the same on every pass."""
 
     def __init__(self, samples: Samples) -> None:

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "suite",
         nargs="*",
-        help="train, length, generate; on a GPU scan, operators, models, decode (default: all)",
+        help="train, length, generate; on a GPU scan, operators, models, decode, attention (default: all)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the median counts")
     parser.add_argument("--no-peers", action="store_true", help="time this package alone")
@@ -244,6 +244,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         remark = ""
         if "floor" in row:
             remark = f"floor {row['floor']:.3f} {row['unit']}, {row['share']:.0%} of it reached"
+        elif "times" in row:
+            remark = f"{row['faster']} is {row['times']:.1f}x as fast"
         elif "gib" in row:
             remark = f"{row['gib']} GiB"
         elif first["name"] == "mambazoo" != row["name"]:

@@ -1,4 +1,4 @@
-"""The suites of `bench` for a GPU: kernels beside their floors, training steps and decoding of the paper's sizes.
+"""The suites of `bench` for a GPU: kernels beside their floors, training steps, and Mamba beside attention.
 
 A floor is the larger of two times that no implementation goes below: the bytes that must move over the bandwidth of
 a copy, measured here, and the exponentials that must be taken over the rate of the special-function units (16 a
@@ -16,6 +16,15 @@ _SCANS = ((8, 4096, 2048), (8, 2048, 1536), (1, 65536, 1024), (1, 131072, 256))
 _STATES = 16
 _STEPS = (("mamba-130m", 16, 2048), ("mamba-130m", 2, 16384), ("mamba-370m", 8, 2048))
 _VOCAB = 50280
+_DEVICE = "cuda"
+# b, d and d_head of one layer (Mamba, figure 8), and lengths
+_LAYER, _LENGTHS = (1, 1024, 64), tuple(512 << i for i in range(11))
+# a Mamba and a Transformer of its size, whose cache is as long as what it will hold
+_PROMPT, _COUNT, _BATCHES = 2048, 512, (1, 2, 4, 8, 16, 32, 64, 128)
+_DECODERS: dict[str, Row] = {
+    "mamba-130m": {"size": "mamba-130m"},
+    "transformer-125m": {"size": "transformer-125m", "attention": {"window": _PROMPT + _COUNT}},
+}
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
@@ -218,30 +227,76 @@ def training_step(size: str, b: int, l: int) -> Callable[[], None]:
     return step
 
 
+def attention(repeats: int, peers: bool) -> Iterator[Row]:
+    """The scan over growing lengths, beside PyTorch's causal attention of as many channels."""
+    import torch
+    import torch.nn.functional as F
+
+    from ..kernels.scan import selective_scan
+
+    b, d, d_head = _LAYER
+    for length in _LENGTHS:
+        scanned, dy = _scan_problem(b, length, d)
+        attended = [scanned["u"].detach().clone().requires_grad_() for _ in "qkv"]
+
+        def scan_(scanned: Any = scanned) -> Any:
+            return selective_scan(**scanned, delta_softplus=True)[0]
+
+        def attend(attended: Any = attended) -> Any:
+            q, k, v = (x.unflatten(-1, (-1, d_head)).transpose(1, 2) for x in attended)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+        calls = {"scan": (scan_, list(scanned.values())), "sdpa": (attend, attended)}
+        for kind in ("forward", "forward + backward"):
+            found: dict[str, float] = {}
+            for name, (call, inputs) in calls.items():
+
+                def both(call: Any = call, inputs: Any = inputs, dy: Any = dy) -> None:
+                    torch.autograd.grad(call(), inputs, dy)
+
+                timed = _without_grad(call) if kind == "forward" else both
+                # what takes seconds is timed a few times
+                found[name] = milliseconds(timed, repeats if length < 1 << 16 else min(repeats, 3))
+                row = _row("attention", f"{name} {kind}", _by((b, length, d)), found[name], "ms")
+                yield row if name == "scan" else _beside(row, "the scan", found["sdpa"] / found["scan"])
+        del scanned, dy, attended, calls
+
+
 def decode(repeats: int, peers: bool) -> Iterator[Row]:
-    """Tokens a second of greedy decoding after prompts of 2,048, bfloat16 weights, a captured graph a step."""
+    """Tokens a second of greedy decoding after prompts, bfloat16 weights, a captured graph a step."""
     import torch
 
     from ..zoo.generate import Sampling, generate
     from ..zoo.language import LanguageModel
     from ..zoo.optim import cast
 
-    model = LanguageModel({"size": "mamba-130m"}, _VOCAB).cuda().eval()
-    cast(model, torch.bfloat16)
-    for batch in (1, 32, 128):
-        prompts, count = torch.randint(_VOCAB, (batch, 2048)).tolist(), 512
-        steps = generate(model, prompts, count, Sampling(temperature=0))
-        # prefill, the step that compiles, and the capture lie before the clock starts
-        for _ in range(4):
-            next(steps)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        made = sum(1 for _ in steps)
-        seconds = time.perf_counter() - start
-        yield _row("decode", "mamba-130m", f"batch {batch}, prompt 2048", made * batch / seconds, "tokens/s")
+    first: dict[int, float] = {}
+    for name, backbone in _DECODERS.items():
+        model = LanguageModel(backbone, _VOCAB).to(_DEVICE).eval()
+        cast(model, torch.bfloat16)
+        for batch in _BATCHES:
+            prompts = torch.randint(_VOCAB, (batch, _PROMPT)).tolist()
+            steps = generate(model, prompts, _COUNT, Sampling(temperature=0))
+            # prefill, the step that compiles, and the capture lie before the clock starts
+            for _ in range(4):
+                next(steps)
+            _wait()
+            start = time.perf_counter()
+            made = sum(1 for _ in steps)
+            speed = made * batch / (time.perf_counter() - start)
+            row = _row("decode", name, f"batch {batch}, prompt {_PROMPT}", speed, "tokens/s")
+            first.setdefault(batch, speed)
+            yield row if name == "mamba-130m" else _beside(row, "mamba-130m", first[batch] / speed)
+        del model
 
 
-SUITES = {"scan": scan, "operators": operators, "models": models, "decode": decode}
+SUITES = {
+    "scan": scan,
+    "operators": operators,
+    "models": models,
+    "decode": decode,
+    "attention": attention,
+}
 
 
 def _scan_problem(b: int, l: int, d: int) -> tuple[dict[str, Any], Any]:
@@ -250,17 +305,17 @@ def _scan_problem(b: int, l: int, d: int) -> tuple[dict[str, Any], Any]:
     torch.manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(shape, device=_DEVICE, dtype=torch.bfloat16)
 
     arguments = {
         "u": random(b, l, d),
         "delta": random(b, l, d),
-        "A": -torch.rand(d, _STATES, device="cuda") * _STATES - 0.5,
+        "A": -torch.rand(d, _STATES, device=_DEVICE) * _STATES - 0.5,
         "B": random(b, l, _STATES),
         "C": random(b, l, _STATES),
-        "D": torch.randn(d, device="cuda"),
+        "D": torch.randn(d, device=_DEVICE),
         "z": random(b, l, d),
-        "delta_bias": torch.rand(d, device="cuda") * 3 - 6,
+        "delta_bias": torch.rand(d, device=_DEVICE) * 3 - 6,
     }
     return {name: x.requires_grad_() for name, x in arguments.items()}, random(b, l, d)
 
@@ -307,6 +362,19 @@ def _graph(call: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         call()
     return graph.replay
+
+
+def _wait() -> None:
+    """Until the device has done all that it was given."""
+    import torch
+
+    if _DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def _beside(row: Row, other: str, times: float) -> Row:
+    """A row that says how many times as fast another one is."""
+    return {**row, "faster": other, "times": round(times, 2)}
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
+from .attention import Attention
 from .bidirectional import Bidirectional
 from .config import BackboneConfig
+from .lstm import LSTM
 from .mamba import Mamba
 from .mixer import Mixer
 from .s4d import S4D
@@ -27,6 +29,8 @@ def _build_one(name: str, config: BackboneConfig) -> Mixer:
     builders: dict[str, Callable[[], Mixer]] = {
         "mamba": lambda: Mamba(config.d_model, config.mamba),
         "s4d": lambda: S4D(config.d_model, config.s4d),
+        "attention": lambda: Attention(config.d_model, config.attention),
+        "lstm": lambda: LSTM(config.d_model, config.lstm),
     }
     return builders[name]()
 

@@ -33,6 +33,10 @@ class Compile(L.Callback):
             raise ValueError(
                 f"callbacks.compile.mode: {type(pl_module).__name__} has no backbone to compile; set it to null"
             )
+        if any(isinstance(module, torch.nn.RNNBase) for module in backbone.modules()):
+            raise ValueError(
+                "callbacks.compile.mode: PyTorch's LSTM cannot be compiled; set it to null, or leave lstm out"
+            )
         device = trainer.strategy.root_device
         if self.graphs and device.type != "cuda":
             raise ValueError(

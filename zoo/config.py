@@ -111,12 +111,40 @@ class S4DConfig(Config):
 
 
 @dataclass(frozen=True)
+class AttentionConfig(Config):
+    """Softmax attention, the control that keeps all it has seen: with d_mlp, the Transformer++ of Mamba's paper."""
+
+    # channels of a head; a narrower model has one head
+    d_head: int = 64
+    # how many tokens back one sees, itself included; a state has room for as many from the start
+    window: int = 4096
+
+    def __post_init__(self) -> None:
+        _positive("attention", self, "d_head", "window")
+        if self.d_head % 2:
+            raise ValueError(
+                f"attention.d_head: must be even, since channels turn in pairs, not {self.d_head}"
+            )
+
+
+@dataclass(frozen=True)
+class LSTMConfig(Config):
+    """The recurrent network of 1997, a control."""
+
+    # cells of a layer, in units of d_model
+    expand: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("lstm", self, "expand")
+
+
+@dataclass(frozen=True)
 class BackboneConfig(Config):
     """A row of blocks: their number and width, and which mixer each has."""
 
     d_model: int = 768
     n_layers: int = 24
-    # mixers in the order of the layers, repeated to n_layers: "mamba", "s4d*2 + mamba"
+    # mixers in the order of the layers, repeated to n_layers: "mamba", "s4d", "mamba*7 + attention", "lstm"
     pattern: str = "mamba"
     # width of the gated MLP after every mixer; 0 is none, as in Mamba
     d_mlp: int = 0
@@ -129,6 +157,8 @@ class BackboneConfig(Config):
     checkpoint_activations: bool = False
     mamba: MambaConfig = field(default_factory=MambaConfig)
     s4d: S4DConfig = field(default_factory=S4DConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lstm: LSTMConfig = field(default_factory=LSTMConfig)
 
     def __post_init__(self) -> None:
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
@@ -224,10 +254,10 @@ class UNetConfig(BackboneConfig):
         return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
 
 
-MIXERS = ("mamba", "s4d")
+MIXERS = ("mamba", "s4d", "attention", "lstm")
 
-# the released state-spaces models, and below them the widths of the paper's DNA models (table 13)
-SIZES: dict[str, dict[str, int]] = {
+# the paper's DNA models (table 13), the released state-spaces models, and Transformer++ of table 12
+SIZES: dict[str, dict[str, int | str]] = {
     "mamba-250k": {"d_model": 64, "n_layers": 8},
     "mamba-700k": {"d_model": 96, "n_layers": 10},
     "mamba-1.4m": {"d_model": 128, "n_layers": 12},
@@ -240,6 +270,8 @@ SIZES: dict[str, dict[str, int]] = {
     "mamba-790m": {"d_model": 1536, "n_layers": 48},
     "mamba-1.4b": {"d_model": 2048, "n_layers": 48},
     "mamba-2.8b": {"d_model": 2560, "n_layers": 64},
+    "transformer-125m": {"d_model": 768, "n_layers": 12, "d_mlp": 2048, "pattern": "attention"},
+    "transformer-350m": {"d_model": 1024, "n_layers": 24, "d_mlp": 2736, "pattern": "attention"},
 }
 
 

@@ -83,6 +83,9 @@ def small(texts: Path, genome: Path, labelled: Path, tmp_path: Path) -> Small:
         "genomics/classify": {"paths": str(labelled)},
         "genomics/finetune": {"paths": str(labelled)},
         "genomics/species": {"paths": [str(genome), str(other)]},
+        "synthetic": {},
+        "synthetic/mqar": {"pairs": 4, "vocab_size": 40},
+        "synthetic/induction-heads": {"valid_lengths": [32, 48]},
         "models": {name: str(tmp_path / name) for name in ("language", "genomics")},
     }
 
@@ -321,3 +324,30 @@ def test_bench_refuses_to_time_a_scan_that_is_wrong(monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(ValueError, match=r"u differs from the reference by 1\.0e-02; nothing is timed"):
         bench._verify("cpu")
+
+
+def test_mamba_is_timed_beside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambazoo.recipes import bench, bench_gpu
+
+    small = {"d_model": 16, "n_layers": 1}
+    values: dict[str, Any] = {
+        "_DEVICE": "cpu", "_VOCAB": 50, "_LAYER": (1, 32, 8), "_LENGTHS": (4, 16), "_PROMPT": 5, "_COUNT": 6,
+        "_BATCHES": (1, 2), "milliseconds": lambda call, repeats: bench._median(1, call) * 1e3,
+        "_DECODERS": {"mamba-130m": small, "other": {**small, "pattern": "attention"}},
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(bench_gpu, name, value)
+    rows = [*bench_gpu.SUITES["attention"](1, False), *bench_gpu.SUITES["decode"](1, False)]
+    assert [row["shape"] for row in rows if row["name"] == "sdpa forward + backward"] == [
+        "1 x 4 x 32",
+        "1 x 16 x 32",
+    ]
+    by_shape = {(row["name"], row["shape"]): row["value"] for row in rows}
+    for row in rows:
+        if row["name"] == "other":
+            assert row["times"] == pytest.approx(
+                by_shape["mamba-130m", row["shape"]] / row["value"], rel=0.02
+            )
+    table = bench._table(rows)
+    assert table.count("the scan is") == 4
+    assert table.count("mamba-130m is") == 2

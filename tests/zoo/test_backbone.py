@@ -8,6 +8,7 @@ import pytest
 import torch
 from mambazoo.zoo.backbone import Backbone
 from mambazoo.zoo.config import BackboneConfig
+from mambazoo.zoo.generate import leaves
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.mamba import Mamba
 
@@ -21,7 +22,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"mamba": {"selective": ["delta"], "dt_rank": 1}},
     {"mamba": {"selective": ["B", "C"], "a_init": "s4d-lin"}},
     {"mamba": {"d_state": 1, "d_conv": 2, "expand": 1}},
+    {"pattern": "attention", "d_mlp": 48, "attention": {"d_head": 8}},
+    {"pattern": "mamba*2 + attention", "attention": {"window": 6}},
+    {"pattern": "lstm"},
 ]
+# one of every kind of mixer
+PATTERNS = ("mamba", "attention", "lstm", "mamba*2 + attention")
 
 
 def build(values: dict[str, Any] | None = None) -> Backbone:
@@ -50,25 +56,31 @@ def test_parts_with_the_state_handed_on_equal_the_whole(values: dict[str, Any]) 
         y, state = model(part, state=state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
-    for a, b in zip(state, last, strict=True):
-        torch.testing.assert_close(a.ssm, b.ssm, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(a.conv, b.conv)
+    for a, b in zip(leaves(state), leaves(last), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [6, 4096])
+@pytest.mark.parametrize("pattern", PATTERNS)
 @torch.no_grad()
-def test_packed_sequences_equal_each_alone() -> None:
-    model, x = build(), torch.randn(1, 19, 32)
-    bounds = [0, 5, 6, 19]
-    y, states = model(x, state=model.init_state(3), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+def test_packed_sequences_equal_each_alone(pattern: str, window: int) -> None:
+    model, x = build({"pattern": pattern, "attention": {"window": window}}), torch.randn(1, 19, 32)
+    # one of them is empty
+    bounds = [0, 5, 5, 6, 19]
+    packed = torch.tensor(bounds, dtype=torch.int32)
+    y, states = model(x, state=model.init_state(4), cu_seqlens=packed)
+    torch.testing.assert_close(model(x, cu_seqlens=packed)[0], y, rtol=1e-5, atol=1e-5)
     for i, (start, end) in enumerate(pairwise(bounds)):
         alone, state = model(x[:, start:end], state=model.init_state(1))
         torch.testing.assert_close(y[:, start:end], alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(states[2].ssm[i], state[2].ssm[0], rtol=1e-5, atol=1e-5)
+        for a, b in zip(states[2], state[2], strict=True):
+            torch.testing.assert_close(a[i], b[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @torch.no_grad()
-def test_the_future_cannot_move_the_past() -> None:
-    model, x = build(), torch.randn(1, 19, 32)
+def test_the_future_cannot_move_the_past(pattern: str) -> None:
+    model, x = build({"pattern": pattern}), torch.randn(1, 19, 32)
     before, _ = model(x)
     x[:, 11:] += 100 * torch.randn(1, 8, 32)
     after, _ = model(x)
@@ -159,8 +171,9 @@ def test_compiles_and_exports_as_one_graph() -> None:
     torch.testing.assert_close(exported(x)[0], expected)
 
 
-def test_autocast_keeps_close_and_its_stream_in_float32() -> None:
-    model, x = build(), torch.randn(2, 40, 32)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_autocast_keeps_close_and_its_stream_in_float32(pattern: str) -> None:
+    model, x = build({"pattern": pattern}), torch.randn(2, 40, 32)
     expected, _ = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, _ = model(x)
@@ -171,9 +184,10 @@ def test_autocast_keeps_close_and_its_stream_in_float32() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_checkpointing_activations_changes_no_gradient() -> None:
-    model, x = build(), torch.randn(2, 11, 32)
-    saving = build({"checkpoint_activations": True})
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_checkpointing_activations_changes_no_gradient(pattern: str) -> None:
+    model, x = build({"pattern": pattern}), torch.randn(2, 11, 32)
+    saving = build({"pattern": pattern, "checkpoint_activations": True})
     saving.load_state_dict(model.state_dict())
     for one in (model, saving):
         one(x)[0].square().sum().backward()

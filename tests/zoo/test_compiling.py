@@ -125,6 +125,11 @@ def test_where_it_cannot_run_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
         train(Compile("reduce-overhead"), build())
     with pytest.raises(ValueError, match="NoBackbone has no backbone"):
         train(Compile("default"), NoBackbone())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LSTM cannot be compiled; set it to null"):
+        train(
+            Compile("default"),
+            LanguageModel({"d_model": 16, "n_layers": 2, "pattern": "mamba + lstm"}, vocab_size=20),
+        )
 
     def broken(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("no compiler\nand a long story")

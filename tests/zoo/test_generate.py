@@ -11,9 +11,10 @@ from mambazoo.zoo.language import LanguageModel
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3], [5, 5, 5, 5]]
 
 
-@pytest.fixture
-def model() -> LanguageModel:
-    model = LanguageModel({"d_model": 32, "n_layers": 2}, vocab_size=20)
+@pytest.fixture(params=["mamba", "mamba + attention", "lstm"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    config = {"d_model": 32, "n_layers": 2, "pattern": request.param, "attention": {"window": 24}}
+    model = LanguageModel(config, vocab_size=20)
     # spread the logits, so that ties are no matter of rounding
     torch.nn.init.normal_(model.embedding.weight, std=0.3)
     return model.eval()
@@ -92,7 +93,7 @@ def test_steps_that_can_be_repeated_in_place_are(
     [text] = continue_(model, [[3, 4]], Sampling(seed=2))
     captured: list[Callable[[], object]] = []
     monkeypatch.setattr(writing, "repeatable", lambda call, device: captured.append(call) or call)
-    other = kind({"d_model": 32, "n_layers": 2}, vocab_size=20).eval()
+    other = kind(model.backbone.config.to_dict(), vocab_size=20).eval()
     other.load_state_dict(model.state_dict())
     writer = Writer(other, [[3, 4]], Sampling(), seeds=[2])
     if kind is Counting:

@@ -51,6 +51,8 @@ def test_the_graph_writes_what_single_steps_write(
         {"mamba": {"selective": []}},
         {"d_mlp": 64},
         {"pattern": "s4d"},
+        {"pattern": "mamba*2 + attention", "attention": {"window": 16}},
+        {"pattern": "lstm"},
         {"pool": [2, 3], "n_layers": 1, "stages": [{"pattern": "s4d", "s4d": {"block": "s4"}}]},
     ],
     ids=str,

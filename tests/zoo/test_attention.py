@@ -1,0 +1,121 @@
+"""The control that keeps all it has seen: against attention written out, within its window, at any place."""
+
+import pytest
+import torch
+from mambazoo.checkpoints.io import from_pretrained, save_pretrained
+from mambazoo.zoo.attention import Attention
+from mambazoo.zoo.backbone import Backbone
+from mambazoo.zoo.config import AttentionConfig, BackboneConfig
+from mambazoo.zoo.language import LanguageModel
+from mambazoo.zoo.lstm import LSTM
+from mambazoo.zoo.optim import cast, decays
+
+
+def written_out(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Attention as the formula has it, turning complex numbers."""
+    b, l, _ = x.shape
+    q, k, v = mixer.in_proj(x).view(b, l, 3, mixer.heads, mixer.d_head).unbind(2)
+    half = mixer.d_head // 2
+    turns = torch.polar(
+        torch.ones(l, half, dtype=torch.float64),
+        torch.outer(torch.arange(l).double(), 10000.0 ** (-torch.arange(half).double() / half)),
+    )[:, None]
+    q, k = (torch.complex(a[..., :half], a[..., half:]) * turns for a in (q, k))
+    scores = torch.einsum("bthd,bshd->bhts", q, k.conj()).real / mixer.d_head**0.5
+    back = torch.arange(l)[:, None] - torch.arange(l)
+    scores = scores.masked_fill((back < 0) | (back >= mixer.window), float("-inf"))
+    return mixer.out_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+
+
+@pytest.mark.parametrize("window", [1, 7, 30, 31, 64])
+@pytest.mark.parametrize("d_head", [4, 12])
+def test_it_is_attention_gradients_too(window: int, d_head: int) -> None:
+    mixer = Attention(12, AttentionConfig(d_head=d_head, window=window)).double()
+    x = torch.randn(2, 31, 12, dtype=torch.float64, requires_grad=True)
+    found, expected, weight = mixer(x)[0], written_out(mixer, x), torch.randn(2, 31, 12).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    inputs = [x, *mixer.parameters()]
+    pairs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_only_distances_count_even_far_away() -> None:
+    mixer = Attention(16, AttentionConfig(d_head=8, window=8)).double()
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    near, _ = mixer(x)
+    state = mixer.init_state(1)
+    far, _ = mixer(x, state=state._replace(seen=state.seen + 2**26))
+    # of what came before the first of these there is nothing left
+    torch.testing.assert_close(far[:, 8:], near[:, 8:], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixer", [Attention(16, AttentionConfig(d_head=8)), LSTM(16, BackboneConfig().lstm)])
+def test_gradients_reach_through_the_state(mixer: Attention | LSTM) -> None:
+    mixer, x = mixer.double(), torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    whole = torch.autograd.grad(mixer(x)[0][:, -1].sum(), x)[0]
+    _, state = mixer(x[:, :5], state=mixer.init_state(2))
+    y, _ = mixer(x[:, 5:], state=state)
+    torch.testing.assert_close(torch.autograd.grad(y[:, -1].sum(), x)[0], whole)
+
+
+@torch.no_grad()
+def test_weights_of_16_bits_step_as_they_read() -> None:
+    for pattern in ("attention", "lstm"):
+        config = BackboneConfig.from_dict({"d_model": 32, "n_layers": 2, "pattern": pattern})
+        model, x = cast(Backbone(config), torch.bfloat16).eval(), torch.randn(1, 20, 32).bfloat16()
+        state = model.init_state(1)
+        rows = torch.stack([model.step(x[:, t], state)[0] for t in range(20)], 1)
+        torch.testing.assert_close(rows, model(x)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_compiles_as_one_graph() -> None:
+    model, x = Attention(16, AttentionConfig(d_head=8, window=7)), torch.randn(1, 11, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for bounds in (None, torch.tensor([0, 4, 4, 11], dtype=torch.int32)):
+        torch.testing.assert_close(compiled(x, cu_seqlens=bounds)[0], model(x, cu_seqlens=bounds)[0])
+    step, state = torch.compile(model.step, fullgraph=True, backend="aot_eager"), model.init_state(1)
+    for t in range(11):
+        torch.testing.assert_close(step(x[:, t], state)[0], model(x)[0][:, t])
+
+
+def test_controls_start_and_decay_as_the_rest_of_the_backbone() -> None:
+    config = BackboneConfig.from_dict(
+        {"d_model": 64, "n_layers": 4, "d_mlp": 96, "pattern": "attention + lstm"}
+    )
+    model = Backbone(config)
+    bound = 64**-0.5 / 8**0.5
+    for block in model.blocks:
+        assert 0.9 * bound < block.mixer.out_proj.weight.abs().max() <= bound
+    assert {name.removeprefix("layers.1.") for name, p in model.named_parameters() if not decays(name, p)} >= {
+        "norm.weight", "norm2.weight", "mixer.lstm.bias_ih_l0", "mixer.lstm.bias_hh_l0",
+    }  # fmt: skip
+    assert all(decays(name, p) for name, p in model.named_parameters() if p.ndim == 2)
+
+
+@torch.no_grad()
+def test_a_hybrid_comes_back_from_a_file(tmp_path: object) -> None:
+    values = {"d_model": 16, "n_layers": 3, "pattern": "mamba + attention + lstm", "attention": {"d_head": 4}}
+    model = LanguageModel(values, vocab_size=20).eval()
+    save_pretrained(model, None, tmp_path / "model")  # type: ignore[operator]
+    again, tokens = from_pretrained(tmp_path / "model"), torch.randint(20, (1, 9))  # type: ignore[operator]
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+
+
+def test_the_transformer_of_the_papers_size() -> None:
+    config = BackboneConfig.from_dict({"size": "transformer-125m"})
+    with torch.device("meta"):
+        model = Backbone(config)
+    # 12 layers of 4 d^2 for attention and 8 d^2 for the MLP
+    assert sum(p.numel() for p in model.parameters()) == 12 * 12 * 768**2 + 25 * 768
+    assert model.layers[0].mixer.heads == 12
+
+
+def test_widths_that_heads_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention.d_head: must divide the width of 96, which 64 does not"):
+        Backbone(BackboneConfig(d_model=96, n_layers=1, pattern="attention"))
+    with pytest.raises(ValueError, match=r"attention.d_head: must be even"):
+        AttentionConfig(d_head=5)

@@ -1,0 +1,159 @@
+"""The mixer of Transformers, the control beside the selective one: softmax attention over what came before.
+
+    q, k, v = in(x);   y = out(softmax(q k^T / sqrt(d_head)) v), with q and k turned by their places (RoPE, 2104.09864)
+
+With the backbone's d_mlp as its gated MLP this is the "Transformer++" of the Mamba paper (appendix E.2.1). The keys and
+values of the last `window` tokens are the state, so that it has one size from the start: whatever hands a state on,
+in parts of a sequence or token by token, treats attention as any other mixer. No token sees further back than that.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.sequences import boundaries
+from .config import AttentionConfig
+from .mamba import full
+from .mixer import Mixer
+
+
+class AttentionState(NamedTuple):
+    """All an attention layer remembers: token t lies in slot t % window."""
+
+    k: Tensor  # (b, h, window, d_head), turned
+    v: Tensor  # (b, h, window, d_head)
+    seen: Tensor  # (b,), how many tokens have come
+
+
+class Attention(Mixer):
+    """Causal attention of d_model / d_head heads."""
+
+    # tokens that look into a window at once: for each there is a row of a mask
+    PART = 1024
+
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, d_model: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.window, self.d_head = config.window, min(config.d_head, d_model)
+        if d_model % self.d_head:
+            raise ValueError(
+                f"attention.d_head: must divide the width of {d_model}, which {self.d_head} does not"
+            )
+        self.heads = d_model // self.d_head
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, *, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState | None]:
+        y, state = self.mix(self.in_proj(x), state=state, cu_seqlens=cu_seqlens)
+        return self.out_proj(y), state
+
+    def mix(
+        self, projected: Tensor, *, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState | None]:
+        qkv = projected.unflatten(-1, (3, self.heads, self.d_head)).permute(2, 0, 3, 1, 4)
+        if cu_seqlens is None:
+            y, state = self._attend(qkv, state)
+        elif state is None and torch.compiler.is_compiling():
+            # a compiler cannot read where sequences begin
+            y = self._attend_at_once(qkv, cu_seqlens)
+        else:
+            y, state = self._attend_one_by_one(qkv, state, cu_seqlens)
+        return y.transpose(1, 2).flatten(2), state
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, 1, self.d_head)).unbind(1)
+        place = state.seen[:, None]
+        q, k = _turn(q, place), _turn(k, place)
+        slot = (place % self.window)[:, None, :, None].expand_as(k)
+        state.k.scatter_(2, slot, k.to(state.k.dtype))
+        state.v.scatter_(2, slot, v.to(state.v.dtype))
+        filled = torch.arange(self.window, device=x.device) <= place
+        keys, values = state.k.to(q.dtype), state.v.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=filled[:, None, None])
+        state.seen.add_(1)
+        return self.out_proj(y.flatten(1)), state
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """An empty window; keys and values are kept in `dtype`."""
+        return self._empty(batch, device or self.in_proj.weight.device, dtype or self.in_proj.weight.dtype)
+
+    def _empty(self, batch: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
+        shape = (batch, self.heads, self.window, self.d_head)
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return AttentionState(k, v, torch.zeros(batch, device=device, dtype=torch.long))
+
+    def _attend(self, qkv: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
+        """What rows of tokens (3, b, h, l, d_head) see, (b, h, l, d_head), and the state after them."""
+        l, kept = qkv.shape[3], state is not None
+        if state is None and l <= self.window:
+            q, k, v = qkv
+            places = torch.arange(l, device=qkv.device)
+            return F.scaled_dot_product_attention(_turn(q, places), _turn(k, places), v, is_causal=True), None
+        state = state or self._empty(qkv.shape[1], qkv.device, qkv.dtype)
+        parts = []
+        for part in qkv.split(min(self.window, self.PART), 3):
+            y, state = self._go_on(part, state)
+            parts.append(y)
+        return torch.cat(parts, 2), state if kept else None
+
+    def _go_on(self, qkv: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """What tokens, no more than fit in the window, see of it and of each other."""
+        q, k, v = qkv
+        places = state.seen[:, None] + torch.arange(q.shape[2], device=q.device)  # (b, l)
+        q, k = _turn(q, places), _turn(k, places)
+        # the place of the token in each slot, negative where none has come
+        last = state.seen[:, None] - 1
+        held = last - (last - torch.arange(self.window, device=q.device)) % self.window
+        origins = torch.cat([held, places], 1)[:, None]  # (b, 1, window + l)
+        back = places[:, :, None] - origins
+        seen = (back >= 0) & (back < self.window) & (origins >= 0)
+        keys, values = (torch.cat([old.to(new.dtype), new], 2) for old, new in ((state.k, k), (state.v, v)))
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None])
+        slots = (places % self.window)[:, None, :, None].expand_as(k)
+        k, v = (old.scatter(2, slots, new.to(old.dtype)) for old, new in ((state.k, k), (state.v, v)))
+        return y, AttentionState(k, v, state.seen + q.shape[2])
+
+    def _attend_one_by_one(
+        self, qkv: Tensor, state: AttentionState | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Packed sequences (3, 1, h, l, d_head), each by itself."""
+        parts, states = [], []
+        for i, (start, end) in enumerate(pairwise(boundaries(cu_seqlens, qkv.shape[3]))):
+            own = None if state is None else AttentionState(*(x[i : i + 1] for x in state))
+            if start < end:
+                y, own = self._attend(qkv[:, :, :, start:end], own)
+                parts.append(y)
+            states.append(own)
+        y = torch.cat(parts, 2) if parts else qkv[0]
+        if state is None:
+            return y, None
+        return y, AttentionState(*(torch.cat(rows) for rows in zip(*states, strict=True)))
+
+    def _attend_at_once(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The same by a mask (l, l) of who is of one sequence."""
+        q, k, v = qkv
+        places = torch.arange(q.shape[2], device=q.device)
+        sequence = torch.searchsorted(cu_seqlens, places, right=True)
+        back = places[:, None] - places
+        seen = (back >= 0) & (back < self.window) & (sequence[:, None] == sequence)
+        return F.scaled_dot_product_attention(_turn(q, places), _turn(k, places), v, attn_mask=seen)
+
+
+def _turn(x: Tensor, places: Tensor) -> Tensor:
+    """Turn pairs of channels of x (b, h, l, d_head) by angles that grow with their places (l,) or (b, l)."""
+    half = x.shape[-1] // 2
+    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    # products of large places want more than float32
+    angles = (places[..., None] * speed).unsqueeze(-3)
+    cos, sin = angles.cos().to(full(x).dtype), angles.sin().to(full(x).dtype)
+    a, b = full(x).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
