@@ -98,6 +98,17 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     return {**known, **{str(key): value for key, value in plain.items()}}
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, item in value.items()
+        for key, leaf in flat(item, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 def copy(recipe: Recipe, path: Path) -> None:
     """Copy a recipe to edit it.
 

@@ -12,9 +12,9 @@ from ..zoo.journal import rewind_journal
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import compose, find
+from .find import compose, find, flat
 from .launch import Launch, quiet, reuse_memory
-from .runs import latest_run, make_run, plot_losses, record, summarise
+from .runs import draw, latest_run, make_run, record, summarise
 
 # the callbacks that a run without training needs
 _WATCHING = ("progress",)
@@ -162,7 +162,7 @@ def _finish(launch: Launch, run: Path, name: str) -> None:
         throughput.tokens if throughput else 0,
         throughput.seconds if throughput else 0.0,
     )
-    plot = plot_losses(run)
+    plot = draw(run, "loss")
     best = run / "checkpoints" / BEST
     if best.exists():
         model, vocabulary = load(best, task=type(launch.model))
@@ -178,7 +178,7 @@ def _finish(launch: Launch, run: Path, name: str) -> None:
         f"  model        {run / 'model'}\n"
         f"  checkpoints  {run / 'checkpoints'}\n"
         f"  log          {run / 'metrics.csv'}\n"
-        f"  loss plot    {plot}",
+        f"  loss plot    {plot or 'none, nothing was logged'}",
         flush=True,
     )
 
@@ -220,7 +220,7 @@ def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
 
 def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, or of one that reads other tokens."""
-    before, after = _flat(checkpoint.get("hyper_parameters", {})), _flat(dict(launch.model.hparams))
+    before, after = flat(checkpoint.get("hyper_parameters", {})), flat(dict(launch.model.hparams))
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith("optimizer.")]
     if changed:
         raise ValueError(
@@ -235,7 +235,7 @@ def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
 
 def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
     """Say what a resumed run cannot change: the model, and what the optimiser's saved state would override."""
-    before, after = _flat(kept), _flat(config)
+    before, after = flat(kept), flat(config)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     refused = [key for key in changed if key.startswith("model.")]
     if refused:
@@ -252,16 +252,6 @@ def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
                 f"{key}: was {before.get(key)!r}; the run will differ from one that never stopped",
                 file=sys.stderr,
             )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, item in value.items()
-        for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def _callback(launch: Launch, kind: type[Any]) -> Any:
