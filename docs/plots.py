@@ -47,7 +47,7 @@ def draw_kernels() -> Figure:
         layer = S4D(3, S4DConfig(block="s4", a_init=a_init, d_state=16))
         layer.dt_bias.copy_(torch.log(torch.expm1(torch.tensor([0.003, 0.01, 0.03]))))
         for kernel, step in zip(layer.kernel(512), (0.003, 0.01, 0.03), strict=True):
-            axes.plot(kernel / kernel.abs().max(), label=f"Δ = {step}", linewidth=1)
+            axes.plot((kernel / kernel.abs().max()).numpy(), label=f"Δ = {step}", linewidth=1)
         axes.set(title=title, xlabel="steps ago")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("kernel, its largest value 1")
@@ -71,8 +71,8 @@ def draw_delta() -> Figure:
     one = torch.ones(1, 1)
     for axes, (title, delta) in zip(panels, cases.items(), strict=True):
         h, _ = selective_scan(u, delta[None, :, None], -one, one, one, discretization="zoh")
-        axes.stem(range(l), u[0, :, 0], linefmt="C7-", markerfmt=" ", basefmt=" ", label="input")
-        axes.plot(h[0, :, 0] / h.abs().max(), label="state")
+        axes.stem(range(l), u[0, :, 0].numpy(), linefmt="C7-", markerfmt=" ", basefmt=" ", label="input")
+        axes.plot((h[0, :, 0] / h.abs().max()).numpy(), label="state")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     panels[0].legend(loc="lower right")
@@ -143,7 +143,7 @@ def draw_gates() -> Figure:
         ratio = (delta / delta[row == NOISE].median(0).values).log2()
         order = ratio[(row != NOISE) & (row != MARKER)].mean(0).argsort(descending=True)
         image = axes.imshow(
-            ratio.T[order], aspect="auto", cmap="RdBu_r", vmin=-6, vmax=6, interpolation="nearest"
+            ratio.T[order].numpy(), aspect="auto", cmap="RdBu_r", vmin=-6, vmax=6, interpolation="nearest"
         )
         figure.colorbar(image, ax=axes, label="log2 of Δ / Δ on noise")
         axes.set(ylabel=f"layer {number + 1}, channel")

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent
 SECTIONS = ("seed_everything", "model", "data", "trainer", "callbacks", "loggers", "plugins")
 # a run folder keeps the recipe it ran under this name
 KEPT = "recipe.yaml"
+# and what its test measured under this one
+TESTED = "test.json"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bench import table as measurements
-from .find import ROOT
+from .find import ROOT, TESTED
 
 Row = dict[str, Any]
 PUBLISHED = ROOT / "published.json"
@@ -57,7 +57,14 @@ def outcome(run: Path) -> Row:
     summary, environment = (json.loads((run / name).read_text()) for name in ("summary.json", "env.json"))
     del summary["recipe"]
     kept = {key: environment[key] for key in ("commit", "hardware", "versions")}
-    return {**summary, "run": str(run), **kept}
+    tested = {"test": json.loads((run / TESTED).read_text())} if (run / TESTED).exists() else {}
+    return {**summary, **tested, "run": str(run), **kept}
+
+
+def scores(row: Row) -> dict[str, float]:
+    """What a run reached: the validation at its best by name, and test/... where it was tested."""
+    tested = {f"test/{name}": value for name, value in row.get("test", {}).items()}
+    return {**row.get("val", {}), **tested}
 
 
 class Experiment(NamedTuple):
@@ -68,7 +75,7 @@ class Experiment(NamedTuple):
 
     @property
     def metrics(self) -> list[str]:
-        found = [name for _, rows in self.cells for row in rows for name in row.get("val", {})]
+        found = [name for _, rows in self.cells for row in rows for name in scores(row)]
         return list(dict.fromkeys([*found, *(entry["metric"] for entry in published(self.recipe))]))
 
 
@@ -110,7 +117,7 @@ def table(experiment: Experiment) -> str:
     waiting = _by_model(published(experiment.recipe))
     for over, rows in experiment.cells:
         done = [row for row in rows if "failed" not in row]
-        numbers = [_mean(row["val"][name] for row in done if name in row["val"]) for name in metrics]
+        numbers = [_mean(scores(row)[name] for row in done if name in scores(row)) for name in metrics]
         costs = [
             _mean(row[name] for row in done if row.get(name) is not None)
             for name in ("parameters", "steps", "seconds", "tokens_per_second")
@@ -162,12 +169,12 @@ def draw_experiment(experiment: Experiment, path: Path) -> bool:
     along = {name for members in families.values() for _, name in members}
     plain = [name for name in experiment.metrics if name not in along]
     labels = [", ".join(_text(value) for value in over.values()) or "ours" for over, _ in experiment.cells]
-    if not any("val" in row for _, rows in experiment.cells for row in rows):
+    if not any(scores(row) for _, rows in experiment.cells for row in rows):
         return False
     figure, panels = _panels(len(plain) + len(families))
     for axes, name in zip(panels, plain, strict=False):
         for i, (over, rows) in enumerate(experiment.cells):
-            values = [row["val"][name] for row in rows if name in row.get("val", {})]
+            values = [scores(row)[name] for row in rows if name in scores(row)]
             axes.plot([i] * len(values), values, "o", color="C0", alpha=0.6)
             claims = [
                 entry["value"]
@@ -180,9 +187,15 @@ def draw_experiment(experiment: Experiment, path: Path) -> bool:
     for axes, (stem, members) in zip(panels[len(plain) :], families.items(), strict=True):
         for i, (_, rows) in enumerate(experiment.cells):
             for j, row in enumerate(rows):
-                points = [(x, row["val"][key]) for x, key in members if key in row.get("val", {})]
+                points = [(x, scores(row)[key]) for x, key in members if key in scores(row)]
                 xs, ys = [x for x, _ in points], [y for _, y in points]
                 axes.plot(xs, ys, "o-", color=f"C{i}", label="" if j else labels[i], alpha=0.7)
+        for entry in _by_model(published(experiment.recipe)):
+            points = [(x, entry["values"][key]) for x, key in members if key in entry["values"]]
+            if not points:
+                continue
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            axes.plot(xs, ys, "k--", marker="D", fillstyle="none", label=f"{entry['model']}, published")
         axes.set_xscale("log", base=2)
         axes.set(xlabel="length", ylabel=stem)
         axes.legend()

@@ -4,7 +4,7 @@ runs/<recipe>/<number>/
     recipe.yaml    the recipe, resolved        env.json      versions, commit, command, hardware
     metrics.csv    every logged value          checkpoints/  last.ckpt, previous.ckpt, best.ckpt
     summary.json   the result                  loss.png      the curves
-    model/         the best weights, to use
+    model/         the best weights, to use   test.json     what `mambazoo test` measured
 """
 
 import contextlib

@@ -60,6 +60,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=1,
         help="how many seeds (0, 1, ...), of the model and of the data's order",
     )
+    parser.add_argument(
+        "--test", action="store_true", help="measure each run on its test split too, as `mambazoo test` does"
+    )
 
 
 def run(arguments: Namespace) -> int:
@@ -83,7 +86,8 @@ def run(arguments: Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / RESULTS
     given = [arguments.recipe, *arguments.overrides, *(f"--over={values}" for values in arguments.over)]
-    command = shlex.join(["mambazoo", "sweep", *given, f"--seeds={arguments.seeds}"])
+    options = [f"--seeds={arguments.seeds}", *(["--test"] if arguments.test else [])]
+    command = shlex.join(["mambazoo", "sweep", *given, *options])
 
     def asked_for() -> dict[str, dict[str, Any]]:
         """The lines of this command's cells that there are, the last of each."""
@@ -105,11 +109,13 @@ def run(arguments: Namespace) -> int:
 
     with _Stopping() as stopping:
         for number, cell in enumerate(cells, 1):
-            if "failed" not in asked_for().get(key_of(cell), {"failed": None}):
+            known = asked_for().get(key_of(cell), {"failed": None})
+            if "failed" not in known and ("test" in known or not arguments.test):
                 continue
             print(f"[{number}/{len(cells)}] {' '.join([*cell.overrides, *cell.seeds])}", flush=True)
-            options = [*arguments.overrides, *cell.overrides, *cell.seeds]
-            outcome = _train(arguments.recipe, recipe.name, options, folder / cell.folder, stopping)
+            values = [*arguments.overrides, *cell.overrides, *cell.seeds]
+            root, test = folder / cell.folder, arguments.test
+            outcome = _train(arguments.recipe, recipe.name, values, root, stopping, test=test)
             if stopping.received:
                 print(f"stopped; go on with\n  {command}")
                 return 128 + stopping.received
@@ -155,8 +161,11 @@ class _Stopping:
             self.process.send_signal(number)
 
 
-def _train(recipe: str, name: str, options: list[str], root: Path, stopping: _Stopping) -> dict[str, Any]:
+def _train(
+    recipe: str, name: str, values: list[str], root: Path, stopping: _Stopping, *, test: bool
+) -> dict[str, Any]:
     """Take a cell to its end from where it is; return what its line says of that."""
+    from .find import TESTED
     from .results import outcome
     from .runs import latest_run
 
@@ -171,8 +180,10 @@ def _train(recipe: str, name: str, options: list[str], root: Path, stopping: _St
         if run is not None and any((run / "checkpoints").glob("*.ckpt")):
             code = stopping.run(["resume", str(run)])
         else:
-            code = stopping.run(["fit", recipe, *options, f"trainer.default_root_dir={root}"])
+            code = stopping.run(["fit", recipe, *values, f"trainer.default_root_dir={root}"])
         run = newest()
+    if run is not None and test and not code and not stopping.received and not (run / TESTED).exists():
+        code = stopping.run(["test", str(run)])
     if code or run is None or not (run / "summary.json").exists():
         return {"failed": code, **({"run": str(run)} if run else {})}
     return outcome(run)

@@ -12,7 +12,7 @@ from ..zoo.journal import rewind_journal
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import compose, find, flat
+from .find import TESTED, compose, find, flat
 from .launch import Launch, quiet, reuse_memory
 from .runs import draw, latest_run, make_run, record, summarise
 
@@ -70,7 +70,7 @@ def resume(name: str, overrides: list[str]) -> int:
 
 def validate(name: str, overrides: list[str]) -> int:
     """Measure a run's best checkpoint on the validation split."""
-    launch, path = _reopen(name, overrides)
+    launch, path = reopen(name, overrides)
     with quiet():
         results = launch.trainer.validate(
             launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
@@ -80,19 +80,25 @@ def validate(name: str, overrides: list[str]) -> int:
 
 
 def test(name: str, overrides: list[str]) -> int:
-    """Measure a run's best checkpoint on the test split, or the validation split where there is none."""
-    launch, path = _reopen(name, overrides)
+    """Measure a run's best checkpoint on the test split, or the validation split where there is none.
+
+    The result is kept beside the run, in test.json.
+    """
+    launch, path = reopen(name, overrides)
     with quiet():
         results = launch.trainer.test(
             launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
         )
+    measured = {name.removeprefix("test/"): value for name, value in results[0].items()}
+    kept = json.dumps(measured, indent=2).encode()
+    write_whole(Path(str(launch.trainer.default_root_dir)) / TESTED, lambda file: file.write(kept))
     print(json.dumps(results[0], indent=2))
     return 0
 
 
 def predict(name: str, overrides: list[str]) -> int:
     """Write what a run's best checkpoint says of each held-out sequence, a JSON object a line."""
-    launch, path = _reopen(name, overrides)
+    launch, path = reopen(name, overrides)
     with quiet():
         batches = launch.trainer.predict(launch.model, launch.datamodule, ckpt_path=path, weights_only=True)
     lines = [json.dumps(row) for rows in batches or [] for row in rows]
@@ -195,7 +201,7 @@ def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
     )
 
 
-def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
+def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is."""
     path = Path(name)
     run = path.parent.parent if path.suffix == ".ckpt" else latest_run(path)

@@ -106,9 +106,16 @@ class Task(L.LightningModule):
             if self._skipped > self.MAX_SKIPPED:
                 raise FloatingPointError(
                     f"the gradient was not finite in {self._skipped} steps in a row, the last of them step {step}: "
-                    "lower model.optimizer.lr, or look at the data of these steps; the last checkpoint is whole"
+                    "lower model.optimizer.lr, or look at the batches of these steps with\n  "
+                    f"mambazoo replay {self.trainer.default_root_dir} --step {step}\nthe last checkpoint is whole"
                 )
-            self.print(f"step {step}: the gradient is not finite ({norm.item()}); the step is left out")
+            self.print(
+                f"step {step}: the gradient is not finite ({norm.item()}); the step is left out; "
+                f"its batch is shown by\n  mambazoo replay {self.trainer.default_root_dir} --step {step}"
+            )
+            for logger in self.loggers:
+                # loggers here count from the step before
+                logger.log_metrics({"train/left_out": 1.0}, step - 1)
 
     def on_train_end(self) -> None:
         self._judge(0)

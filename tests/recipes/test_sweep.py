@@ -105,9 +105,16 @@ def test_a_sweep_goes_on_where_it_stopped(
     # the other has its summary: only its line is written
     assert [row["val"]["loss"] for row in lines_of(tmp_path)[2:]] == losses
     assert "wrong" not in out
-    # a finished one has nothing left to do
+    # a finished one has nothing left to do, unless it is to be tested too
     assert command("sweep", recipe, "--over", "model.backbone.pattern=mamba", "--seeds", "2")[0] == 0
     assert started == ["resume"]
+    code, out, _ = command("sweep", recipe, "--over", "model.backbone.pattern=mamba", "--test")
+    assert (code, started) == (0, ["resume", "test"])
+    tested = lines_of(tmp_path)[-1]
+    assert tested["test"] == json.loads((interrupted / "test.json").read_text())
+    # there is no test split here, and the validation split has one more batch than is read while training
+    assert tested["test"]["bits_per_byte"] > 0
+    assert "test/bits_per_byte" in out
 
 
 def test_what_asks_to_stop_stops_after_the_run_did(
