@@ -255,9 +255,13 @@ class OptimizerConfig(Config):
     schedule: str = "cosine"
     warmup_steps: int = 0
     min_lr: float = 1e-5
+    # leave out a step whose gradient has so many times the norm of the last ones; null takes any that is finite
+    spike: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
         _positive("optimizer", self, "lr", "eps")
 
 
