@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -77,13 +78,27 @@ def write_run(run: Path, output: Path | None = None) -> Path:
         parts.append(f"Not finished: step {last:,} of {kept['trainer.max_steps']:,}.")
     names = [name for name in series if name.startswith("val/")]
     if names:
-        steps = sorted({step for name in names for step, _ in series[name]})
+        validated = sorted({step for name in names for step, _ in series[name]})
         head = ["step", *(name.removeprefix("val/") for name in names)]
         lines = [head, ["---"] * len(head)]
-        for step in steps:
+        for step in validated:
             at = [next((value for s, value in series[name] if s == step), math.nan) for name in names]
             lines.append([f"{step:,}", *(f"{value:.4g}" for value in at)])
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if "train/data_wait" in series:
+        shares, memory = (
+            [value for _, value in series[f"train/{key}"]] for key in ("data_wait", "memory_gib")
+        )
+        wait = statistics.fmean(shares)
+        parts.append(
+            f"Waiting for data took {wait:.1%} of the time, and memory at most {max(memory):.2f} GiB."
+        )
+    if "train/left_out" in series:
+        steps = ", ".join(f"{step:,}" for step, _ in series["train/left_out"])
+        parts.append(
+            f"Left out, for gradients that were not finite or spikes: steps {steps}. "
+            f"`mambazoo replay {run} --step N` shows a batch."
+        )
     for picture in PICTURES:
         if path := draw(run, picture, output.parent):
             parts.append(f"![{picture.replace('_', ' ')}]({path.name})")

@@ -150,6 +150,8 @@ def draw(run: Path, picture: str, folder: Path | None = None) -> Path | None:
         else:
             axes.plot(steps, values, label=key, linewidth=1, alpha=0.7)
     axes.set(xlabel="step", ylabel=unit, title=run.parent.name)
+    if picture == "throughput":
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     path = (folder or run) / f"{picture}.png"

@@ -117,6 +117,7 @@ def test_a_step_that_is_left_out_says_how_to_look_at_its_batch(
     assert "step 2: the gradient is not finite (nan)" in text
     assert "mambazoo replay runs/language/demo/1 --step 2" in text
     assert read_journal(Path("runs/language/demo/1"))["train/left_out"] == [(2, 1.0)]
+    assert "not finite or spikes: steps 2." in command(capsys, "report", "runs/language/demo")
 
 
 def test_matrix_products_are_counted() -> None:

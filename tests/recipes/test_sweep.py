@@ -13,7 +13,6 @@ import yaml
 from mambazoo.recipes import results, sweep
 from mambazoo.recipes.cli import main
 from mambazoo.recipes.find import compose, find
-from mambazoo.zoo.saving import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., tuple[int, str, str]]
@@ -195,7 +194,7 @@ def test_one_run_becomes_a_page(command: Command, recipe: str, tmp_path: Path) -
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['parameters']:,} parameters, 2 steps" in page
     assert f"{summary['val']['perplexity']:.4g}" in page
-    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert "Waiting for data took" in page
 
     # of several, what differs is a column
     code, _, _ = command("report", str(run), str(run.with_name("2")), "--output", "pages/both.md")
