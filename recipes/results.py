@@ -78,6 +78,17 @@ class Experiment(NamedTuple):
         found = [name for _, rows in self.cells for row in rows for name in scores(row)]
         return list(dict.fromkeys([*found, *(entry["metric"] for entry in published(self.recipe))]))
 
+    @property
+    def by_length(self) -> tuple[list[str], dict[str, list[tuple[int, str]]]]:
+        """The plain metrics, and by stem those of at least three names that end in a number, with that number."""
+        numbered: dict[str, list[tuple[int, str]]] = {}
+        for name in self.metrics:
+            if match := re.fullmatch(r"(.*?)[_@/]?(\d+)", name):
+                numbered.setdefault(match[1], []).append((int(match[2]), name))
+        families = {stem: sorted(members) for stem, members in numbered.items() if len(members) > 2}
+        along = {name for members in families.values() for _, name in members}
+        return [name for name in self.metrics if name not in along], families
+
 
 def experiments(rows: Iterable[Row]) -> list[Experiment]:
     """Sort the lines of runs into experiments. Where a cell ran twice with one seed, the later line counts."""
@@ -107,27 +118,42 @@ def published(recipe: str) -> list[Row]:
 
 
 def table(experiment: Experiment) -> str:
-    """A line a cell: mean and standard deviation over its seeds; published numbers below the cell they belong to."""
-    keys, metrics = list(experiment.cells[0][0]), experiment.metrics
-    head = [*(_short(key) for key in keys), "seeds", *metrics, "parameters", "steps", "seconds", "tokens/s"]
-    # without anything that differs, the published rows still need a place for their names
-    lead = max(1, len(keys))
-    lines = [head if keys else ["", *head]]
+    """A line a cell: mean and standard deviation over its seeds; published numbers below the cell they belong to.
+
+    Metrics that were measured at several lengths follow in tables of their own.
+    """
+    plain, families = experiment.by_length
+    tables = [_table(experiment, plain, plain, ("parameters", "steps", "seconds", "tokens_per_second"))]
+    for stem, members in families.items():
+        names, lengths = [name for _, name in members], [f"{length:,}" for length, _ in members]
+        tables.append(f"`{stem}` by length:\n\n{_table(experiment, names, lengths, ())}")
+    return "\n\n".join(tables)
+
+
+def _table(experiment: Experiment, metrics: list[str], heads: list[str], costs: tuple[str, ...]) -> str:
+    keys = list(experiment.cells[0][0])
+    first = [_short(key) for key in keys] or [""]
+    lines = [[*first, "seeds", *heads, *(cost.replace("_per_", "/") for cost in costs)]]
     lines.append(["---"] * len(lines[0]))
-    waiting = _by_model(published(experiment.recipe))
+
+    def claim(entry: Row) -> list[str]:
+        numbers = [_number(entry["values"][name]) if name in entry["values"] else "" for name in metrics]
+        name = f"*published: {entry['model']} ({entry['source']})*"
+        return [name, *[""] * len(first), *numbers, *[""] * len(costs)]
+
+    waiting = [
+        entry for entry in _by_model(published(experiment.recipe)) if entry["values"].keys() & set(metrics)
+    ]
     for over, rows in experiment.cells:
         done = [row for row in rows if "failed" not in row]
         numbers = [_mean(scores(row)[name] for row in done if name in scores(row)) for name in metrics]
-        costs = [
-            _mean(row[name] for row in done if row.get(name) is not None)
-            for name in ("parameters", "steps", "seconds", "tokens_per_second")
-        ]
+        taken = [_mean(row[cost] for row in done if row.get(cost) is not None) for cost in costs]
         seeds = str(len(done)) + (f" ({len(rows) - len(done)} failed)" if len(done) < len(rows) else "")
-        lines.append([*([_text(over[key]) for key in keys] or [""]), seeds, *numbers, *costs])
-        for entry in [entry for entry in waiting if entry["over"] == over and over]:
-            lines.append(_published_line(entry, metrics, lead))
+        lines.append([*([_text(over[key]) for key in keys] or [""]), seeds, *numbers, *taken])
+        for entry in [entry for entry in waiting if over and entry["over"] == over]:
+            lines.append(claim(entry))
             waiting.remove(entry)
-    lines += [_published_line(entry, metrics, lead) for entry in waiting]
+    lines += [claim(entry) for entry in waiting]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -161,13 +187,7 @@ def page(sources: list[Path], rows: list[Row], output: Path) -> str:
 
 def draw_experiment(experiment: Experiment, path: Path) -> bool:
     """Draw each metric over the cells, a dot a seed, or metrics that end in a number over it; whether there is any."""
-    numbered: dict[str, list[tuple[int, str]]] = {}
-    for name in experiment.metrics:
-        if match := re.fullmatch(r"(.*?)[_@/]?(\d+)", name):
-            numbered.setdefault(match[1], []).append((int(match[2]), name))
-    families = {stem: sorted(members) for stem, members in numbered.items() if len(members) > 2}
-    along = {name for members in families.values() for _, name in members}
-    plain = [name for name in experiment.metrics if name not in along]
+    plain, families = experiment.by_length
     labels = [", ".join(_text(value) for value in over.values()) or "ours" for over, _ in experiment.cells]
     if not any(scores(row) for _, rows in experiment.cells for row in rows):
         return False
@@ -195,7 +215,11 @@ def draw_experiment(experiment: Experiment, path: Path) -> bool:
             if not points:
                 continue
             xs, ys = [x for x, _ in points], [y for _, y in points]
-            axes.plot(xs, ys, "k--", marker="D", fillstyle="none", label=f"{entry['model']}, published")
+            own = [i for i, (over, _) in enumerate(experiment.cells) if over == entry["over"]]
+            color = f"C{own[0]}" if own else "black"
+            axes.plot(
+                xs, ys, "--", color=color, marker="D", fillstyle="none", label=f"{entry['model']}, published"
+            )
         axes.set_xscale("log", base=2)
         axes.set(xlabel="length", ylabel=stem)
         axes.legend()
@@ -262,12 +286,6 @@ def _by_model(entries: list[Row]) -> list[Row]:
         empty = {"over": entry.get("over"), "model": entry["model"], "source": entry["source"], "values": {}}
         models.setdefault(key, empty)["values"][entry["metric"]] = entry["value"]
     return list(models.values())
-
-
-def _published_line(entry: Row, metrics: list[str], lead: int) -> list[str]:
-    numbers = [_number(entry["values"][name]) if name in entry["values"] else "" for name in metrics]
-    name = f"*published: {entry['model']} ({entry['source']})*"
-    return [name, *[""] * lead, *numbers, *[""] * 4]
 
 
 def _origin(rows: list[Row]) -> str:

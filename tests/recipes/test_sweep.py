@@ -250,6 +250,17 @@ def test_means_and_spreads_stand_beside_published_numbers(
     assert (tmp_path / "page-x-1.png").exists()
 
 
+def test_what_is_measured_over_length_has_a_table_of_its_own(tmp_path: Path) -> None:
+    rows = [row("y", seed, 0.5, p="a") for seed in (0, 1)]
+    for one in rows:
+        one["test"] = {f"accuracy_{2**k}": 1 / k + one["seed"] / 10 for k in (6, 8, 10)}
+    text = results.page([tmp_path / "some.jsonl"], rows, tmp_path / "page.md")
+    own = text.partition("`test/accuracy` by length:\n\n")[2].splitlines()
+    assert own[0] == "| p | seeds | 64 | 256 | 1,024 |"
+    assert own[2] == "| a | 2 | 0.2167 ± 0.071 | 0.175 ± 0.071 | 0.15 ± 0.071 |"
+    assert "| p | seeds | accuracy | parameters | steps | seconds | tokens/second |" in text
+
+
 def test_lines_are_whole_or_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(row("x", 0, 1.0)) + '\n{"half')
