@@ -13,6 +13,7 @@ meet nowhere else: a data module knows no model, a task no file.
 """
 
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -57,6 +58,8 @@ class DataModule(L.LightningDataModule):
         self.samples: dict[str, Samples] = {}
         # training samples consumed over all ranks: the whole state of the order
         self.position = 0
+        # among how many ranks, and as which, batches are rebuilt; None is as the trainer says
+        self._rebuilding: tuple[int, int] | None = None
 
     @property
     def vocabulary(self) -> dict[str, Any] | None:
@@ -82,6 +85,13 @@ class DataModule(L.LightningDataModule):
         world, rank = self._world()
         batches = EndlessBatches(self.position, self.batch_size, rank, world)
         return self._loader(Ordered(self.samples["train"], self.seed), batches)
+
+    def rebuild(self, position: int, world: int, rank: int) -> tuple[list[Any], Batch]:
+        """The training batch that one of `world` ranks read at a position, and the items of it in the endless order."""
+        self.position, self._rebuilding = position, (world, rank)
+        loader = self.train_dataloader()
+        [items], [batch] = ([next(iter(each))] for each in (loader.batch_sampler, loader))  # type: ignore[arg-type]
+        return items, self.on_after_batch_transfer(batch, 0)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._held_out("val")
@@ -114,7 +124,7 @@ class DataModule(L.LightningDataModule):
         return self._loader(InOrder(self.samples[split]), batches)
 
     def _loader(self, dataset: Dataset[Any], batches: Any) -> DataLoader[Any]:
-        return DataLoader(
+        return Loader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
@@ -127,7 +137,22 @@ class DataModule(L.LightningDataModule):
         )
 
     def _world(self) -> tuple[int, int]:
+        if self._rebuilding:
+            return self._rebuilding
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+class Loader(DataLoader[Any]):
+    """A loader that counts the seconds for which it was waited for."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        asked, batches = time.monotonic(), super().__iter__()
+        for batch in batches:
+            self.waited += time.monotonic() - asked
+            yield batch
+            asked = time.monotonic()
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
@@ -143,8 +168,12 @@ class Ordered(Dataset[Any]):
         self.samples, self.seed = samples, seed
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.samples.read(*self.place(number))
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The index of a sample, by its number, and in which pass it is read."""
         pass_, index = divmod(number, len(self.samples))
-        return self.samples.read(permute(index, len(self.samples), self.seed, pass_), pass_)
+        return permute(index, len(self.samples), self.seed, pass_), pass_
 
 
 class InOrder(Dataset[Any]):

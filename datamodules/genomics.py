@@ -239,6 +239,11 @@ class _Stages(Dataset[Any]):
         halved, number = item
         return self.stages[halved][number]
 
+    def place(self, item: tuple[int, int]) -> tuple[int, int]:
+        """The index of a window among those of its length, and in which pass it is read."""
+        halved, number = item
+        return self.stages[halved].place(number)
+
 
 def pad(rows: list[NDArray[Any]], value: int) -> NDArray[Any]:
     """Put rows under each other, (b, l), the shorter ones filled with `value`."""

@@ -65,7 +65,7 @@ def run(arguments: Namespace) -> int:
             if arguments.output:
                 with arguments.output.open("a") as file:
                     file.write(line + "\n")
-    print("\n" + _table(rows))
+    print("\n" + table(rows))
     return 0
 
 
@@ -236,7 +236,7 @@ def _row(suite: str, name: str, shape: str, value: float, unit: str) -> dict[str
     return {"suite": suite, "name": name, "shape": shape, "value": round(value, 1), "unit": unit}
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The measurements: beside peers, how many times faster the first of a suite is; beside a floor, its share."""
     lines = ["| suite | what | shape | measured | |", "|---|---|---|---|---|"]
     for row in rows:

@@ -26,7 +26,9 @@ _TRAINING = {
 # those of them that take a recipe
 _STARTING = ("fit", "finetune", "baseline")
 # the modules of verbs that take flags
-_FLAGS = ("generate", "score", "embed", "bench", "info", "export", "importing")
+_FLAGS = (
+    "generate", "score", "embed", "bench", "info", "sweep", "report", "replay", "export", "importing",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent
 SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callbacks", "loggers", "plugins")
 # a run folder keeps the recipe it ran under this name
 KEPT = "recipe.yaml"
+# and what its test measured under this one
+TESTED = "test.json"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,17 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     plain.pop("vars", None)
     known = {key: plain.pop(key) for key in SECTIONS if key in plain}
     return {**known, **{str(key): value for key, value in plain.items()}}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, item in value.items()
+        for key, leaf in flat(item, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def copy(recipe: Recipe, path: Path) -> None:

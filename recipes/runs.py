@@ -4,7 +4,7 @@ runs/<recipe>/<number>/
     recipe.yaml    the recipe, resolved        env.json      versions, commit, command, hardware
     metrics.csv    every logged value          checkpoints/  last.ckpt, previous.ckpt, best.ckpt
     summary.json   the result                  loss.png      the curves
-    model/         the best weights, to use
+    model/         the best weights, to use   test.json     what `mambazoo test` measured
 """
 
 import contextlib
@@ -124,25 +124,37 @@ def summarise(
     return summary
 
 
-def plot_losses(run: Path) -> Path:
-    """Draw the training and validation losses over the steps to loss.png."""
+# by file: the metrics drawn over the steps, and the name of their axis
+PICTURES = {
+    "loss": (("train/loss", "val/loss"), "loss (nats)"),
+    "learning_rate": (("train/lr",), "learning rate"),
+    "throughput": (("train/tokens_per_second",), "tokens a second"),
+    "gradient_norm": (("train/gradient_norm",), "gradient norm"),
+}
+
+
+def draw(run: Path, picture: str, folder: Path | None = None) -> Path | None:
+    """Draw one of PICTURES from the run's log to a PNG in its folder, or another; None where nothing was logged."""
     from matplotlib.figure import Figure
 
-    series = read_journal(run)
+    keys, unit = PICTURES[picture]
+    series = {key: values for key, values in read_journal(run).items() if key in keys}
+    if not series:
+        return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, style in (
-        ("train/loss", {"linewidth": 1, "alpha": 0.7}),
-        ("val/loss", {"marker": "o", "markersize": 3}),
-    ):
-        if key in series:
-            steps, values = zip(*sorted(series[key]), strict=True)
-            axes.plot(steps, values, label=key, **style)
-    axes.set(xlabel="step", ylabel="loss (nats)", title=run.parent.name)
+    for key, points in series.items():
+        steps, values = zip(*sorted(points), strict=True)
+        if key.startswith("val/"):
+            axes.plot(steps, values, "o-", label=key, markersize=3)
+        else:
+            axes.plot(steps, values, label=key, linewidth=1, alpha=0.7)
+    axes.set(xlabel="step", ylabel=unit, title=run.parent.name)
+    if picture == "throughput":
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if series:
-        axes.legend()
-    path = run / "loss.png"
+    axes.legend()
+    path = (folder or run) / f"{picture}.png"
     figure.savefig(path, dpi=120)
     return path
 

@@ -16,10 +16,10 @@ from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import Recipe, compose, find
+from .find import TESTED, Recipe, compose, find, flat
 from .finetune import Start, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
-from .runs import latest_run, make_run, plot_losses, record, summarise
+from .runs import draw, latest_run, make_run, record, summarise
 
 # the callbacks that a run without training needs
 _WATCHING = ("progress",)
@@ -93,7 +93,7 @@ def resume(name: str, overrides: list[str]) -> int:
 
 def validate(name: str, overrides: list[str]) -> int:
     """Measure a run's best checkpoint on the validation split."""
-    launch, path = _reopen(name, overrides)
+    launch, path = reopen(name, overrides)
     with quiet():
         results = launch.trainer.validate(
             launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
@@ -103,19 +103,25 @@ def validate(name: str, overrides: list[str]) -> int:
 
 
 def test(name: str, overrides: list[str]) -> int:
-    """Measure a run's best checkpoint on the test split, or the validation split where there is none."""
-    launch, path = _reopen(name, overrides)
+    """Measure a run's best checkpoint on the test split, or the validation split where there is none.
+
+    The result is kept beside the run, in test.json.
+    """
+    launch, path = reopen(name, overrides)
     with quiet():
         results = launch.trainer.test(
             launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
         )
+    measured = {name.removeprefix("test/"): value for name, value in results[0].items()}
+    kept = json.dumps(measured, indent=2).encode()
+    write_whole(Path(str(launch.trainer.default_root_dir)) / TESTED, lambda file: file.write(kept))
     print(json.dumps(results[0], indent=2))
     return 0
 
 
 def predict(name: str, overrides: list[str]) -> int:
     """Write what a run's best checkpoint says of each held-out sequence, a JSON object a line."""
-    launch, path = _reopen(name, overrides)
+    launch, path = reopen(name, overrides)
     with quiet():
         batches = launch.trainer.predict(launch.model, launch.datamodule, ckpt_path=path, weights_only=True)
     lines = [json.dumps(row) for rows in batches or [] for row in rows]
@@ -187,7 +193,7 @@ def _finish(launch: Launch, config: dict[str, Any], run: Path, name: str) -> Non
         throughput.tokens if throughput else 0,
         throughput.seconds if throughput else 0.0,
     )
-    plot = plot_losses(run)
+    plot = draw(run, "loss")
     best = run / "checkpoints" / BEST
     finetuning, adapter = launch.callback(FineTuning), ""
     if best.exists():
@@ -206,7 +212,7 @@ def _finish(launch: Launch, config: dict[str, Any], run: Path, name: str) -> Non
         f"  model        {run / 'model'}{adapter}\n"
         f"  checkpoints  {run / 'checkpoints'}\n"
         f"  log          {run / 'metrics.csv'}\n"
-        f"  loss plot    {plot}",
+        f"  loss plot    {plot or 'none, nothing was logged'}",
         flush=True,
     )
 
@@ -223,7 +229,7 @@ def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
     )
 
 
-def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
+def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is."""
     path = Path(name)
     run = path.parent.parent if path.suffix == ".ckpt" else latest_run(path)
@@ -248,7 +254,7 @@ def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
 
 def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, or of one that reads other tokens."""
-    before, after = _flat(checkpoint.get("hyper_parameters", {})), _flat(dict(launch.model.hparams))
+    before, after = flat(checkpoint.get("hyper_parameters", {})), flat(dict(launch.model.hparams))
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith("optimizer.")]
     if changed:
         raise ValueError(
@@ -263,7 +269,7 @@ def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
 
 def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
     """Say what a resumed run cannot change: the model, and what the optimiser's saved state would override."""
-    before, after = _flat(kept), _flat(config)
+    before, after = flat(kept), flat(config)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     refused = [key for key in changed if key.startswith(("model.", "finetune."))]
     if refused:
@@ -280,13 +286,3 @@ def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
                 f"{key}: was {before.get(key)!r}; the run will differ from one that never stopped",
                 file=sys.stderr,
             )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, item in value.items()
-        for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()
-    }

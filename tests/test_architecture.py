@@ -74,7 +74,23 @@ def test_no_file_outgrows_its_idea() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["cli", "find", "generate", "score", "embed", "dna", "device", "bench", "info", "export", "importing"],
+    [
+        "cli",
+        "find",
+        "generate",
+        "score",
+        "embed",
+        "dna",
+        "device",
+        "bench",
+        "info",
+        "export",
+        "importing",
+        "sweep",
+        "report",
+        "results",
+        "replay",
+    ],
 )
 def test_verbs_that_read_recipes_start_without_torch(name: str) -> None:
     for _, module, _, top in imports(ROOT / "recipes" / f"{name}.py"):

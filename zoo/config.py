@@ -289,9 +289,13 @@ class OptimizerConfig(Config):
     min_lr: float = 1e-5
     # each layer's rate is this times that of the layer above it; for fine-tuning
     layer_decay: float = 1.0
+    # leave out a step whose gradient has so many times the norm of the last ones; null takes any that is finite
+    spike: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
         _positive("optimizer", self, "lr", "eps", "layer_decay")
 
 

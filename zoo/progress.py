@@ -25,6 +25,11 @@ class StepProgress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
+    @property
+    def is_enabled(self) -> bool:
+        # what a module prints goes through here only if it asks and is told so
+        return self._enabled
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.console.print(*args, markup=False, highlight=False)

@@ -65,9 +65,10 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 
 def curve(run: Path) -> list[list[str]]:
-    """The log of a run, but for its speed."""
+    """The log of a run, but for its speed and what that takes."""
+    machine = ("train/tokens_per_second", "train/data_wait", "train/memory_gib")
     with (run / "metrics.csv").open() as file:
-        return [row for row in csv.reader(file) if row[1] != "train/tokens_per_second"]
+        return [row for row in csv.reader(file) if row[1] not in machine]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
