@@ -108,4 +108,6 @@ def _from_table(names: list[str], path: Path) -> dict[str, str]:
         raise FileNotFoundError(f"data.labels: there is no file {path}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is no table of text ({error})") from None
+    if not found:
+        raise ValueError(f"{path}: there is no row in it")
     return found

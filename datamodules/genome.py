@@ -124,8 +124,8 @@ class GenomeFiles:
                 os.fsync(output.fileno())
 
 
-def find_genomes(paths: list[str]) -> list[GenomeFiles]:
-    """A genome for each of `paths`: a file, all the files of a folder or a glob, or sample:NAME.
+def find_genomes(paths: list[str], option: str = "data.paths") -> list[GenomeFiles]:
+    """A genome for each of `paths`, which `option` gave: a file, all the files of a folder or a glob, or sample:NAME.
 
     Raises:
         FileNotFoundError: when a path, folder or glob holds no file of sequences.
@@ -146,7 +146,7 @@ def find_genomes(paths: list[str]) -> list[GenomeFiles]:
         if not found:
             kinds = " ".join(SUFFIXES)
             raise FileNotFoundError(
-                f"data.paths: there is no file at {given}, nor a folder with {kinds} files, plain or .gz"
+                f"{option}: there is no file at {given}, nor a folder with {kinds} files, plain or .gz"
             )
         genomes.append(GenomeFiles(path.name, tuple(found)))
     return genomes

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from .bgzip import is_packed
 from .genome import Genome
 
 # a BED file has these among its lines, which name no interval
@@ -44,7 +45,7 @@ def read_bed(path: Path) -> list[BedLine]:
         if text.startswith(_REMARKS):
             continue
         fields = text.split("\t") if "\t" in text else text.split()
-        if len(fields) < 3 or not (fields[0] and _is_count(fields[1]) and _is_count(fields[2])):
+        if len(fields) < 3 or not (fields[0] and is_count(fields[1]) and is_count(fields[2])):
             raise ValueError(
                 f"{path}, line {number}: is not a line of BED, which has a record, a start and an end"
             )
@@ -90,7 +91,7 @@ def locate(path: Path, lines: list[BedLine], genomes: list[Genome]) -> list[int]
     return found
 
 
-def _is_count(text: str) -> bool:
+def is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19
 
 
@@ -106,15 +107,14 @@ def _refuse_one_based(path: Path, lines: list[BedLine]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, plain or .gz, with their numbers; line ends and blank lines are left out.
+    """The lines of a text file, plain, gzip or bgzip, with their numbers; line ends and blank lines are left out.
 
     Raises:
         ValueError: with file and line, where it is not text or ends before its end.
     """
     number = 0
     with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
+        packed = is_packed(path, raw)
         try:
             for line in gzip.GzipFile(fileobj=raw) if packed else raw:
                 number += 1

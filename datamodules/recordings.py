@@ -7,6 +7,7 @@ in the order of the files. A file that cannot be read is left out and named, and
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 _FORMAT = "1"
 # samples that are worked on at once
 _BLOCK = 1 << 20
+# a recording of more samples is decoded to the disk
+_LONG = 1 << 22
 # of files that are left out, so many are named at once
 _NAMED = 5
 
@@ -171,8 +174,7 @@ class RecordingFiles:
             before = 0
             for source in self.sources:
                 try:
-                    self._decode(source, scratch)
-                    count, content = self._store(scratch, output)
+                    count, content = self._store(self._decode(source, scratch), output)
                 except ValueError as error:
                     skipped[source.name] = str(error)
                 else:
@@ -192,14 +194,23 @@ class RecordingFiles:
         meta = {"names": names, "starts": starts, "digests": digests, "skipped": skipped}
         write_whole(folder / "meta.json", json.dumps(meta).encode())
 
-    def _decode(self, source: Source, scratch: Path) -> None:
+    def _decode(self, source: Source, scratch: Path) -> NDArray[np.float32]:
+        """The samples of a recording; those of a long one are on disk."""
+        held, count, blocks = [], 0, source.blocks(self.rate)
+        for block in blocks:
+            held.append(block)
+            count += len(block)
+            if count > _LONG:
+                break
+        else:
+            return np.concatenate([np.empty(0, dtype=np.float32), *held])
         with scratch.open("wb") as file:
-            for block in source.blocks(self.rate):
+            for block in itertools.chain(held, blocks):
                 file.write(block.tobytes())
+        return TokenFile(scratch, "float32").array
 
-    def _store(self, scratch: Path, output: IO[bytes]) -> tuple[int, str]:
+    def _store(self, x: NDArray[np.float32], output: IO[bytes]) -> tuple[int, str]:
         """Append what was decoded as it is kept; return how many samples those are, and their digest."""
-        x = TokenFile(scratch, "float32").array
         if not len(x):
             raise ValueError("there is no sample in it")
         peak = max(float(np.abs(x[i : i + _BLOCK]).max()) for i in range(0, len(x), _BLOCK))

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from .alphabet import BASES, FOREIGN, LETTERS, stored
+from .bgzip import is_packed
 
 # what files of sequences are called in a folder
 SUFFIXES = (".fa", ".fasta", ".fna", ".gb", ".gbk", ".gbff", ".genbank")
 BLOCK = 1 << 20
 # a longer header is no header
 _LONGEST_HEADER = 1 << 16
-# what ends a file of bgzip (the SAM specification, section 4.1.2)
-_BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 _PLAIN = bytes(range(BASES + 1)) + bytes(token | 0x80 for token in range(BASES + 1))
 _KNOWN = f"{LETTERS}U{LETTERS.lower()}u \t\r\n".encode()
 _NO_DNA = re.compile(b"[^" + re.escape(_KNOWN) + b"]")
@@ -101,14 +100,7 @@ class _Place:
 def _opened(path: Path, at: _Place, watch: Callable[[int], None] | None) -> Iterator[IO[bytes]]:
     """Open a file, unpacked if it is gzip; what goes wrong in reading it is said with the line that was reached."""
     with path.open("rb") as raw:
-        magic = raw.read(16)
-        packed = magic.startswith(b"\x1f\x8b")
-        if packed and magic[12:14] == b"BC":
-            raw.seek(0, io.SEEK_END)
-            raw.seek(-min(raw.tell(), len(_BGZIP_END)), io.SEEK_END)
-            if raw.read() != _BGZIP_END:
-                raise ValueError(f"{path}: the file is cut off, for the block that ends bgzip is missing")
-        raw.seek(0)
+        packed = is_packed(path, raw)
         watched = raw if watch is None else io.BufferedReader(_Watched(raw, watch), BLOCK)
         file: Any = gzip.GzipFile(fileobj=watched) if packed else watched
         try:

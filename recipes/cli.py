@@ -22,7 +22,7 @@ _TRAINING = {
     "predict": "write what a run's best checkpoint says of each held-out sequence",
     "baseline": "what simple models reach on a recipe's data",
 }
-_FLAGS = ("generate", "bench", "info")
+_FLAGS = ("generate", "score", "embed", "bench", "info")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,6 +1,5 @@
-"""The verb `generate`: continue prompts with a trained model, shown as they are written; sound goes to files."""
+"""The verb `generate`: continue prompts with a trained model; letters go to the screen, sound to files."""
 
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -17,6 +16,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--prompt",
         action="append",
         help="text, a file of it, or - for standard input; or a file of sound; repeatable",
+    )
+    parser.add_argument(
+        "--output",
+        help="a file to write to, of a model of DNA in FASTA (.fasta); of sound a folder, recordings if not given",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument(
@@ -37,13 +40,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    import torch
-
     from ..checkpoints.io import load
     from ..datamodules.vocab import vocabulary_from_dict
     from ..zoo.audio import WaveformModel
     from ..zoo.generate import Sampling, generate
     from ..zoo.tokens import TokenModel
+    from .device import to_device
+    from .dna import check_output
+    from .media import MEDIA, Text
 
     sampling = Sampling(
         temperature=0.8 if arguments.temperature is None else arguments.temperature,
@@ -60,58 +64,35 @@ def run(arguments: Namespace) -> int:
         raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which writes nothing")
     if vocabulary is None:
         raise ValueError(f"{arguments.checkpoint} has no vocabulary: was it trained on data that names one?")
-    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     if isinstance(model, WaveformModel):
+        model = to_device(model, arguments.device)
         return recordings.write_recordings(model, vocabulary, arguments, sampling)
-    texts = [_read(prompt) for prompt in arguments.prompt or [""]]
     words = vocabulary_from_dict(vocabulary)
     if words.size > model.head.vocab_size:
         raise ValueError(
             f"{arguments.checkpoint}: the tokenizer has {words.size} tokens and the model {model.head.vocab_size}; "
             "they do not belong together"
         )
-
-    repeated = [text for text in texts for _ in range(arguments.number)]
-    prompts = [[words.eos, *words.encode(text).tolist()] for text in repeated]
-    seeds = [arguments.seed + i for _ in texts for i in range(arguments.number)]
-    streams = [words.stream() for _ in prompts]
-    outputs = ["" for _ in prompts]
-    alone = len(prompts) == 1
-    if alone:
-        _write(repeated[0].decode("utf-8", errors="replace"))
-    for tokens in generate(model, prompts, arguments.max_new_tokens, sampling, stop=words.eos, seeds=seeds):
-        for i, token in enumerate(tokens):
+    kind = MEDIA.get(vocabulary["kind"], Text)
+    medium = kind(words, None if arguments.output is None else check_output(arguments.output, *kind.endings))
+    repeated = [
+        prompt for given in arguments.prompt or [""] for prompt in [medium.read(given)] * arguments.number
+    ]
+    tokens = [medium.encode(prompt) for prompt in repeated]
+    seeds = [arguments.seed + i % arguments.number for i in range(len(repeated))]
+    model, name = to_device(model, arguments.device), _name(arguments.checkpoint)
+    medium.begin(repeated, [f"{name}_seed{seed}_{i}" for i, seed in enumerate(seeds, 1)])
+    for drawn in generate(model, tokens, arguments.max_new_tokens, sampling, stop=words.eos, seeds=seeds):
+        for i, token in enumerate(drawn):
             if token is not None:
-                piece = streams[i].push(token)
-                outputs[i] += piece
-                if alone:
-                    _write(piece)
-    for i, (stream, text) in enumerate(zip(streams, repeated, strict=True)):
-        rest = stream.flush()
-        if alone:
-            _write(rest + "\n")
-        else:
-            head = "" if i == 0 else "\n"
-            _write(
-                f"{head}--- {i + 1} of {len(prompts)}\n{text.decode('utf-8', errors='replace')}{outputs[i]}{rest}\n"
-            )
+                medium.push(i, token)
+    medium.finish()
     return 0
 
 
-def _read(prompt: str) -> bytes:
-    """The bytes of a prompt: standard input for -, the content of a file of that name, else the text itself."""
-    if prompt == "-":
-        return sys.stdin.buffer.read()
-    try:
-        path = Path(prompt)
-        if path.is_file():
-            return path.read_bytes()
-    except OSError:
-        # too long, or otherwise impossible, for a file name
-        pass
-    return prompt.encode("utf-8", errors="surrogateescape")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _name(checkpoint: str) -> str:
+    """What a model is called in what it writes: where it is, below runs/ if it is there."""
+    parts = Path(checkpoint).expanduser().resolve().with_suffix("").parts[1:]
+    below = parts[len(parts) - parts[::-1].index("runs") :] if "runs" in parts else parts[-2:]
+    own = [part for part in below if part not in ("checkpoints", "model")]
+    return "_".join("-".join(own).split()) or "model"

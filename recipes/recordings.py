@@ -27,7 +27,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("of sound")
     group.add_argument("--seconds", type=float, default=4.0, help="how long, behind the prompt")
     group.add_argument("--label", help="of which class; without it, all classes in turn")
-    group.add_argument("--output", default="recordings", help="the folder to write to")
 
 
 def write_recordings(
@@ -50,7 +49,7 @@ def write_recordings(
     prompts = {Path(given).stem: _read(given, sound) for given in arguments.prompt or []}
     if len(prompts) < len(arguments.prompt or []):
         raise ValueError("--prompt: two files have one name, and what is written is called after them")
-    folder = Path(arguments.output)
+    folder = Path(arguments.output or "recordings")
     folder.mkdir(parents=True, exist_ok=True)
     seeds = [arguments.seed + i for i in range(arguments.number)]
     for name, prompt in (prompts or {"": sound.encode([])}).items():

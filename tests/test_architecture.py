@@ -72,7 +72,9 @@ def test_no_file_outgrows_its_idea() -> None:
     assert {name: length for name, length in lengths.items() if length > 450} == {}
 
 
-@pytest.mark.parametrize("name", ["cli", "find", "generate", "bench", "info"])
+@pytest.mark.parametrize(
+    "name", ["cli", "find", "generate", "score", "embed", "dna", "device", "bench", "info"]
+)
 def test_verbs_that_read_recipes_start_without_torch(name: str) -> None:
     for _, module, _, top in imports(ROOT / "recipes" / f"{name}.py"):
         assert not (top and module.split(".")[0] in ("torch", "lightning", "numpy"))

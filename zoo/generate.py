@@ -242,22 +242,22 @@ def _read_behind(writer: Writer, count: int) -> Iterator[list[int]]:
     for i in range(count):
         if i:
             writer.advance()
-        waiting.append(_fetch(writer.tokens))
+        waiting.append(fetch(writer.tokens))
         if len(waiting) > writer.ahead:
             yield waiting.popleft()()
     for read in waiting:
         yield read()
 
 
-def _fetch(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start to copy tokens to the host; return what waits for them."""
-    host = tokens.to("cpu", non_blocking=True, copy=True)
-    if not tokens.is_cuda:
+def fetch(x: Tensor) -> Callable[[], list[Any]]:
+    """Start to copy a tensor to the host; return what waits for its values."""
+    host = x.to("cpu", non_blocking=True, copy=True)
+    if not x.is_cuda:
         return host.tolist
     copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tokens.device))
+    copied.record(torch.cuda.current_stream(x.device))
 
-    def read() -> list[int]:
+    def read() -> list[Any]:
         copied.synchronize()
         return host.tolist()
 

@@ -127,7 +127,9 @@ class Mamba(Mixer):
     def _matrix(self, name: str, chosen: dict[str, Tensor]) -> Tensor:
         matrix = chosen[name] if name in chosen else self.get_parameter(name)
         if self.complex:
-            return torch.view_as_complex(full(matrix).unflatten(-1, (-1, 2)).contiguous())
+            # a copy: part of a single row counts as contiguous wherever it begins, and complex numbers are aligned
+            pairs = full(matrix).unflatten(-1, (-1, 2))
+            return torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format))
         return matrix
 
     def forward(

@@ -7,7 +7,14 @@ from math import log2
 import numpy as np
 import pytest
 from mambazoo.datamodules import baselines
-from mambazoo.datamodules.baselines import kmer_accuracy, kmer_counts, markov_bits
+from mambazoo.datamodules.baselines import (
+    kmer_accuracy,
+    kmer_counts,
+    markov_bits,
+    prediction_bits,
+    spectrum_accuracy,
+)
+from mambazoo.datamodules.waveform import Waveform
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
@@ -62,3 +69,52 @@ def test_a_regression_tells_compositions_apart_but_not_lots() -> None:
         found.append(kmer_accuracy((tokens[:200], labels[:200]), (tokens[200:], labels[200:]), 2, 3))
     assert found[0] > 0.9
     assert found[1] < 0.65
+
+
+def resonance(count: int, seed: int) -> np.ndarray:
+    """Noise through a resonance: two samples say all that can be known of the next."""
+    x = np.zeros(count + 2)
+    for i, e in enumerate(np.random.default_rng(seed).normal(0, 0.02, count), 2):
+        x[i] = 1.6 * x[i - 1] - 0.9 * x[i - 2] + e
+    return x[2:]
+
+
+def test_linear_prediction_predicts_by_its_best_coefficients() -> None:
+    waveform = Waveform("linear", 8000)
+    codes = [waveform.encode(resonance(size, seed)) for seed, size in enumerate((30_000, 9_000, 4_000))]
+    train, tested = codes[:2], codes[2:]
+    found = prediction_bits(train, tested, waveform, 2)
+
+    # the same, sample by sample, with coefficients that are found by least squares over all rows
+    samples = [waveform.decode(x).astype(float) for x in codes]
+    rows = np.concatenate([np.stack([x[1:-1], x[:-2]], 1) for x in samples[:2]])
+    best = np.linalg.lstsq(rows, np.concatenate([x[2:] for x in samples[:2]]), rcond=None)[0]
+    counts = np.ones((256, 256))
+    bits = []
+    for x, seen in zip(samples, codes, strict=True):
+        padded = np.concatenate([[0.0, 0.0], x])
+        guesses = waveform.encode(padded[1:-1] * best[0] + padded[:-2] * best[1])
+        if len(x) > 4_000:
+            np.add.at(counts, (guesses, seen), 1)
+        else:
+            bits = np.log2(counts[guesses].sum(1) / counts[guesses, seen]).tolist()
+    assert found == pytest.approx(sum(bits) / len(bits), abs=0.01)
+    # one sample back is not enough
+    assert found < markov_bits(train, tested, 256, 1) - 0.3
+    assert found < prediction_bits(train, tested, waveform, 1) - 0.3
+
+
+def test_spectra_tell_pitches_apart_but_not_loudness() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 120)
+    noise = [rng.normal(0, 0.01, 3000).astype(np.float32) for _ in labels]
+    tones = [np.sin(np.arange(3000) * (0.3 + 0.1 * y)) + x for x, y in zip(noise, labels, strict=True)]
+    louder = [x * (1 + 9 * y) for x, y in zip(noise, labels, strict=True)]
+    found = []
+    for clips in (tones, louder):
+        clips = [clip.astype(np.float32) for clip in clips]
+        found.append(spectrum_accuracy((clips[:80], labels[:80]), (clips[80:], labels[80:]), 8000, 2))
+    assert found[0] > 0.95
+    assert found[1] < 0.8
+    short = ([np.zeros(0, np.float32), np.ones(3, np.float32)], np.array([0, 1]))
+    assert 0 <= spectrum_accuracy(short, short, 8000, 2) <= 1

@@ -136,6 +136,7 @@ def test_silence_is_cut_and_peaks_are_raised(tmp_path: Path, monkeypatch: pytest
     write(tmp_path / "sounds" / "silent.wav", np.zeros(500, dtype=np.int16))
     for block in (999, 1 << 20):
         monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(module, "_LONG", block)
         # the settings are part of the key, blocks are not
         cut = opened(tmp_path / "sounds", trim=40.0 + block)
         assert np.array_equal(cut.samples.array, samples)
