@@ -51,7 +51,7 @@ def tiny(name: str, folder: Path, small: Small) -> Path:
 
 
 @pytest.fixture
-def small(texts: Path, genome: Path, tmp_path: Path) -> Small:
+def small(texts: Path, genome: Path, sounds: Path, tmp_path: Path) -> Small:
     """Something small of every domain to train on, and of a recipe that needs another kind."""
     table = tmp_path / "table.tsv"
     rows = (f"{'ab'[i % 2]}\t{'ACGT' * (5 + i % 7)}{'AC'[i % 2] * i}" for i in range(60))
@@ -59,6 +59,7 @@ def small(texts: Path, genome: Path, tmp_path: Path) -> Small:
     other = tmp_path / "other.fa"
     other.write_bytes(genome.read_bytes().replace(b"A", b"G"))
     return {
+        "audio": {"paths": str(sounds)},
         "language": {"paths": str(texts)},
         "genomics": {"paths": str(genome)},
         "genomics/pretrain-human": {"valid": ["chr0"], "test": ["chr1"], "length_warmup": [64]},
