@@ -1,10 +1,7 @@
 """What `generate` does with a model of sound: recordings to listen to (.wav), and a picture of each (.png)."""
 
 import dataclasses
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +35,7 @@ def write_recordings(
         ValueError: when a prompt cannot be read, or there is no such class.
     """
     from ..datamodules.waveform import Waveform
+    from .bar import progress
 
     if arguments.temperature is None:
         sampling = dataclasses.replace(sampling, temperature=1.0)
@@ -53,7 +51,7 @@ def write_recordings(
     folder.mkdir(parents=True, exist_ok=True)
     seeds = [arguments.seed + i for i in range(arguments.number)]
     for name, prompt in (prompts or {"": sound.encode([])}).items():
-        with _progress(arguments.number, steps) as advance:
+        with progress(f"writing {arguments.number} x", steps) as advance:
             codes = _write_on(model, sound, prompt, labels, steps, sampling, seeds, advance)
         for i, (row, seed) in enumerate(zip(codes, seeds, strict=True)):
             kind = name or (sound.classes[labels[i]] if labels and sound.classes else "recording")
@@ -125,23 +123,8 @@ def _write_on(
     last = [[int(history[-1])]] * len(seeds)
     for t, drawn in enumerate(generate(model, last, steps, sampling, seeds=seeds, state=state), len(prompt)):
         codes[:, t] = np.array(drawn)
-        advance()
+        advance(1)
     return codes
-
-
-@contextmanager
-def _progress(number: int, steps: int) -> Iterator[Any]:
-    """What to call for every sample written; shown where somebody is looking."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"writing {number} x", total=steps)
-        yield lambda: bar.advance(task)
 
 
 def _save(path: Path, samples: "NDArray[np.float32]", rate: int, start: int) -> None:

@@ -5,7 +5,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,18 @@ def labelled(tmp_path: Path) -> Path:
         rows.append(f"{bases[:12]}{'AAGCAAGCA' if i % 2 else ''}{bases[12:]}\t{'ab'[i % 2]}")
     path.write_text("\n".join(rows))
     return path
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Path:
+    """A folder of six tones for each of two classes, named as in Speech Commands: a speaker each."""
+    for label, pitch in (("low", 200), ("high", 1500)):
+        (tmp_path / "sounds" / label).mkdir(parents=True)
+        for take in range(6):
+            wave = np.sin(2 * np.pi * (pitch + 10 * take) * np.arange(2000) / 8000)
+            path = tmp_path / "sounds" / label / f"{take:08x}_nohash_0.flac"
+            soundfile.write(path, 0.3 * wave, 8000)
+    return tmp_path / "sounds"
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
     h_t = exp(delta A) h_{t-1} + gain u_t,   y_t = C . h_t + D u_t,     that is   y = K * u + D u,
     K_k = C . (exp(k delta A) gain)                                       (equations 2 to 5; B is part of C)
 
-What never changes along time is a convolution: training takes one Fourier transform over the whole length, where a
-scan walks. A step, a state that comes in, and packed sequences go through the recurrence.
+What never changes along time is a convolution: one Fourier transform over the whole length, where a scan walks. A
+state that comes in or goes out takes products with powers of the decay. Steps and packed sequences go through the
+recurrence.
 
 It is the model that `Mamba` is with `selective: []`, computed faster and started as S4D is; there delta, B and C can be
 given to the input one by one, here they cannot. So pattern "s4d" beside "mamba" is the control that differs from
@@ -80,30 +81,56 @@ class S4D(Mixer):
         return delta, torch.complex(real, full(self.A_imag)), torch.view_as_complex(C.unflatten(-1, (-1, 2)))
 
     def kernel(self, l: int) -> Tensor:
-        """The first l values of the convolution's kernel, (d_inner, l).
-
-        A power k is one of multiples of m times one below m, so that the sum over states is a product of matrices and
-        no (d, n, l) exists.
-        """
+        """The first l values of the convolution's kernel, (d_inner, l)."""
         delta, A, C = self.state_space()
-        step, m = delta.unsqueeze(-1), 1 << (l.bit_length() // 2)
-        count = -(-l // m)
-        t = torch.arange(max(m, count), device=delta.device, dtype=delta.dtype).unsqueeze(-1)
-        _, gain = hold(step, A, self.config.discretization)
-        exponent = (step * A).unsqueeze(1)
-        coarse = (C * gain).unsqueeze(1) * torch.exp(m * t[:count] * exponent)
-        fine = torch.exp(t[:m] * exponent)
-        return self._sides * (_real_row(coarse) @ _real_row(fine.conj()).mT).flatten(1)[:, :l]
+        _, gain = hold(delta.unsqueeze(-1), A, self.config.discretization)
+        return self._read(C * gain, l)
 
-    def convolve(self, u: Tensor) -> Tensor:
-        """K * u + D u for u (b, l, d_inner), by Fourier transforms in float32 or better."""
+    def convolve(self, u: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """K * u + D u for u (b, l, d_inner), by Fourier transforms in float32 or better.
+
+        After a state (b, d_inner, n) what is left of it is added, and the last state returned.
+        """
         with torch.autocast(u.device.type, enabled=False):
             l, x = u.shape[1], full(u)
             size = _fast_size(2 * l - 1)
             # time last, as transforms want it
             spectrum = torch.fft.rfft(x.mT, n=size) * torch.fft.rfft(self.kernel(l), n=size)
-            y = torch.fft.irfft(spectrum, n=size)[..., :l].mT
-            return torch.addcmul(y, x, full(self.D))
+            y = torch.addcmul(torch.fft.irfft(spectrum, n=size)[..., :l].mT, x, full(self.D))
+            if before is None:
+                return y, None
+            delta, A, C = self.state_space()
+            decay, gain = hold(delta.unsqueeze(-1), A, self.config.discretization)
+            after = torch.exp(l * delta.unsqueeze(-1) * A) * before + gain * self._sum(x)
+            return y + self._read(C * decay * before, l).mT, after
+
+    def _read(self, rows: Tensor, l: int) -> Tensor:
+        """rows (..., d_inner, n) times the powers 0 to l - 1 of the decay, summed over states: (..., d_inner, l)."""
+        coarse, fine = self._powers(l)
+        products = _real_row(rows.unsqueeze(-2) * coarse) @ _real_row(fine.conj()).mT
+        return self._sides * products.flatten(-2)[..., :l]
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """x (b, l, d_inner), each times the decay to the power of the steps behind it, summed: (b, d_inner, n)."""
+        coarse, fine = self._powers(x.shape[1])
+        rows, m = coarse.shape[1], fine.shape[1]
+        back = F.pad(x.flip(1).mT, (0, rows * m - x.shape[1])).unflatten(-1, (rows, m))
+        sums = back @ _real_row(fine)
+        if self.complex:
+            sums = torch.view_as_complex(sums.unflatten(-1, (-1, 2)))
+        return (sums * coarse).sum(-2)
+
+    def _powers(self, l: int) -> tuple[Tensor, Tensor]:
+        """Powers of the decay that are multiples of m, (d_inner, k, n), and those below m, (d_inner, m, n).
+
+        Each of the first l is a product of two, so that a sum over states is one of matrices and no (d, n, l) exists.
+        """
+        delta, A, _ = self.state_space()
+        m = 1 << (l.bit_length() // 2)
+        count = -(-l // m)
+        t = torch.arange(max(m, count), device=delta.device, dtype=delta.dtype).unsqueeze(-1)
+        exponent = (delta.unsqueeze(-1) * A).unsqueeze(1)
+        return torch.exp(m * t[:count] * exponent), torch.exp(t[:m] * exponent)
 
     def forward(
         self, x: Tensor, *, state: MambaState | None = None, cu_seqlens: Tensor | None = None
@@ -126,22 +153,24 @@ class S4D(Mixer):
                 return_final_state=state is not None,
                 cu_seqlens=cu_seqlens,
             )
-        if state is None and cu_seqlens is None and u.numel():
-            return self._activate(self.convolve(u), z).to(u.dtype), None
-        delta, A, C = self.state_space()
-        y, ssm_state = selective_scan(
-            u,
-            delta,
-            A,
-            torch.ones_like(A),
-            C,
-            full(self.D),
-            initial_state=None if state is None else state.ssm,
-            return_final_state=state is not None,
-            cu_seqlens=cu_seqlens,
-            discretization=self.config.discretization,
-        )
-        y = self._activate(y, z)
+        before = None if state is None else state.ssm
+        if cu_seqlens is None and u.numel():
+            y, ssm_state = self.convolve(u, before)
+        else:
+            delta, A, C = self.state_space()
+            y, ssm_state = selective_scan(
+                u,
+                delta,
+                A,
+                torch.ones_like(A),
+                C,
+                full(self.D),
+                initial_state=before,
+                return_final_state=state is not None,
+                cu_seqlens=cu_seqlens,
+                discretization=self.config.discretization,
+            )
+        y = self._activate(y, z).to(u.dtype)
         if conv_state is None or ssm_state is None:
             return y, None
         return y, MambaState(conv_state, ssm_state)

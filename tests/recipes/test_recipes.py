@@ -69,7 +69,7 @@ def tiny(name: str, folder: Path) -> Path:
 
 
 @pytest.fixture
-def small(texts: Path, genome: Path, labelled: Path, tmp_path: Path) -> Small:
+def small(texts: Path, genome: Path, labelled: Path, sounds: Path, tmp_path: Path) -> Small:
     """Something small of every domain to train on, what single recipes need instead, and models to start from."""
     other = tmp_path / "other.fa"
     other.write_bytes(genome.read_bytes().replace(b"A", b"G"))
@@ -77,6 +77,7 @@ def small(texts: Path, genome: Path, labelled: Path, tmp_path: Path) -> Small:
     save_pretrained(LanguageModel(size, 257), {"kind": "bytes"}, tmp_path / "language")
     save_pretrained(GenomeModel(size, SIZE, COMPLEMENT), {"kind": "nucleotides"}, tmp_path / "genomics")
     return {
+        "audio": {"paths": str(sounds)},
         "language": {"paths": str(texts)},
         "genomics": {"paths": str(genome)},
         "genomics/pretrain-human": {"valid": ["chr0"], "test": ["chr1"], "length_warmup": [64]},

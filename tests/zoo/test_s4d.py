@@ -32,9 +32,12 @@ def build(values: dict[str, Any], d_model: int = 12) -> S4D:
 def test_convolution_recurrence_and_scan_are_one_map(values: dict[str, Any], length: int) -> None:
     mixer = build(values).eval()
     x = torch.randn(2, length, 12, dtype=torch.float64)
-    convolved, _ = mixer(x)
-    scanned, last = mixer(x, state=mixer.init_state(2))
-    torch.testing.assert_close(scanned, convolved, rtol=0, atol=1e-12)
+    convolved, last = mixer(x, state=mixer.init_state(2))
+    torch.testing.assert_close(mixer(x)[0], convolved, rtol=0, atol=1e-12)
+    packed = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    scanned, scanned_last = mixer(x.view(1, -1, 12), state=mixer.init_state(2), cu_seqlens=packed)
+    torch.testing.assert_close(scanned.view_as(x), convolved, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scanned_last.ssm, last.ssm, rtol=0, atol=1e-12)
     state, rows = mixer.init_state(2), []
     for t in range(length):
         y, state = mixer.step(x[:, t], state)
@@ -55,10 +58,31 @@ def test_the_core_is_the_scan_with_nothing_chosen_gradients_too(a_init: str, dis
     )
     weight, inputs = torch.randn_like(scanned), [u, *mixer.parameters(recurse=False)]
     expected = torch.autograd.grad((scanned * weight).sum(), inputs)
-    convolved = mixer.convolve(u)
+    convolved, _ = mixer.convolve(u)
     torch.testing.assert_close(convolved, scanned, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad((convolved * weight).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("a_init", ["s4d-lin", "s4d-real"])
+def test_a_state_is_handed_on_with_its_gradients(a_init: str) -> None:
+    mixer = build({"a_init": a_init, "block": "s4"})
+    u = torch.randn(2, 37, 12, dtype=torch.float64, requires_grad=True)
+    before = torch.randn_like(mixer.init_state(2).ssm).requires_grad_()
+    delta, A, C = mixer.state_space()
+    expected = selective_scan(
+        u, delta, A, torch.ones_like(A), C, mixer.D, discretization="zoh", backend="reference",
+        initial_state=before, return_final_state=True,
+    )  # fmt: skip
+    inputs, weights = [u, before, mixer.A_log, mixer.dt_bias], [torch.randn_like(x) for x in expected]
+    gradients = []
+    for outputs in (mixer.convolve(u, before), expected):
+        loss = sum((w.conj() * x).real.sum() for w, x in zip(weights, outputs, strict=True))
+        gradients.append(torch.autograd.grad(loss, inputs))
+        for a, b in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @torch.no_grad()
