@@ -22,6 +22,12 @@ from .find import SECTIONS
 
 # sections that hold named objects, each with a class_path of its own
 _OBJECTS = ("callbacks", "loggers", "plugins")
+# names of ours for trainer.strategy, beside Lightning's
+_SHARDED = "mambazoo.zoo.sharding.FullySharded"
+_STRATEGIES: dict[str, dict[str, Any]] = {
+    "fsdp2": {"class_path": _SHARDED},
+    "fsdp2-sharded": {"class_path": _SHARDED, "init_args": {"checkpoint": "sharded"}},
+}
 
 
 class Launch(LightningCLI):
@@ -60,6 +66,9 @@ class Launch(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         problems = self.problems + _config_problems(self.classes, args)
+        args["trainer"]["strategy"] = _STRATEGIES.get(
+            str(args["trainer"].get("strategy", "auto")), args["trainer"].get("strategy", "auto")
+        )
         steps = args["trainer"].get("max_steps")
         if steps is None or (isinstance(steps, int) and steps < 1):
             args["trainer"]["max_steps"] = 1
