@@ -13,6 +13,7 @@ from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, 
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import compose, find
+from .launchers import cluster
 from .launch import Launch, quiet, reuse_memory
 from .runs import latest_run, make_run, plot_losses, record, summarise
 
@@ -64,7 +65,7 @@ def resume(name: str, overrides: list[str]) -> int:
     os.environ["MAMBAZOO_RUN"] = str(run)
     if launch.trainer.is_global_zero:
         rewind_journal(run, step)
-    print(f"resuming {run} after step {step}", flush=True)
+        print(f"resuming {run} after step {step}", flush=True)
     return _train(launch, run, recipe.name, path)
 
 
@@ -120,7 +121,7 @@ def baseline(name: str, overrides: list[str]) -> int:
 
 def _prepare(launch: Launch) -> None:
     """Read the data before anything else: what is wrong with it is said before a run exists."""
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ and cluster() is None:
         logging.getLogger("mambazoo").setLevel(logging.INFO)
         launch.datamodule.prepare_data()
         launch.datamodule.setup("fit")
@@ -143,7 +144,9 @@ def _train(launch: Launch, run: Path, name: str, checkpoint: Path | None = None)
     if stopping and stopping.received:
         if trainer.is_global_zero:
             print(f"stopped after step {trainer.global_step}; go on with\n  mambazoo resume {run}")
-        return 128 + stopping.received
+            return 128 + stopping.received
+        # the first rank's code is the run's; a launcher that sees another end with an error kills it
+        return 0
     if trainer.is_global_zero:
         _finish(launch, run, name)
     return 0
