@@ -6,6 +6,9 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 
+from .block import Block
+from .sharding import FullySharded
+
 MODES = ("default", "reduce-overhead")
 
 
@@ -40,7 +43,17 @@ class Compile(L.Callback):
                 "use default or null"
             )
         self._try(device)
-        backbone.compile(mode=self.mode, fullgraph=True)
+        if not isinstance(trainer.strategy, FullySharded):
+            backbone.compile(mode=self.mode, fullgraph=True)
+            return
+        if self.graphs:
+            raise ValueError(
+                "callbacks.compile.mode: with fsdp2 parameters come and go, which CUDA graphs cannot; use default"
+            )
+        # block by block, and without the hooks that gather its parameters
+        for module in backbone.modules():
+            if isinstance(module, Block):
+                module.forward = torch.compile(module.forward, mode=self.mode, fullgraph=True)  # type: ignore[method-assign]
 
     def _try(self, device: torch.device) -> None:
         """Compile next to nothing, so that a compiler that is missing is found before any work is done."""

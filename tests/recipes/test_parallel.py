@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mambazoo.zoo.saving import read_checkpoint
+from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
 
 STEPS = 16
 # how often a run is killed; 50 and more when it is to be sure
@@ -29,7 +30,7 @@ class Run:
     def __init__(self, folder: Path, ranks: int, *arguments: str, before: str = "") -> None:
         folder.mkdir(exist_ok=True)
         self.output = folder / "output.txt"
-        environment = {"OMP_NUM_THREADS": "1", "MAMBAZOO_CACHE": os.environ["MAMBAZOO_CACHE"]}
+        environment = {"OMP_NUM_THREADS": "1", "MAMBAZOO_CACHE": str(folder.parent / "cache")}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -151,9 +152,76 @@ def fit(folder: Path, recipe: Path, ranks: int, *more: str) -> Path:
     return folder / "runs" / recipe.stem / "1"
 
 
-@pytest.mark.parametrize("name", ["language", "genomics"])
-def test_two_ranks_lose_what_one_loses(folder: Path, recipes: dict[str, Path], name: str) -> None:
-    double = "trainer.precision=64-true"
-    one = fit(folder / f"{name}-one", recipes[name], 1, double)
-    two = fit(folder / f"{name}-two", recipes[name], 2, double, "trainer.strategy=ddp")
+DOUBLE = "trainer.precision=64-true"
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, recipes: dict[str, Path]) -> Path:
+    """The run of one rank, in double precision."""
+    return fit(folder / "one", recipes["genomics"], 1, DOUBLE)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, recipes: dict[str, Path]) -> Path:
+    """The same of two ranks."""
+    return fit(folder / "two", recipes["genomics"], 2, DOUBLE, "trainer.strategy=ddp")
+
+
+def test_two_ranks_lose_what_one_loses(one: Path, two: Path) -> None:
     assert_close(two, one, 1e-9)
+    a, b = weights(two), weights(one)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-7, atol=1e-9) for name in b)
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_run_of_any_ranks_goes_on_exactly(
+    folder: Path, recipes: dict[str, Path], one: Path, two: Path, kill: int
+) -> None:
+    draw = random.Random(kill)
+    ranks, place = 1 + kill % 2, folder / f"kill-{kill}"
+    strategy = ["trainer.strategy=ddp"] if ranks > 1 else []
+    workers = f"data.num_workers={draw.choice((0, 2))}"
+    started = Run(place, ranks, "fit", str(recipes["genomics"]), *options(ranks, DOUBLE, workers, *strategy))
+    run = place / "runs" / "genomics" / "1"
+    started.wait_for_step(run, draw.randrange(4, STEPS))
+    # anywhere in what follows: the next step, a batch of several, a validation, a checkpoint half written
+    time.sleep(draw.random() * 0.05)
+    if ranks > 1 and draw.random() < 0.5:
+        # a launcher ends the others when one is gone
+        started.processes[draw.randrange(ranks)].kill()
+    started.kill()
+    if (run / "summary.json").exists():
+        (run / "summary.json").unlink()
+    Run(place, ranks, "resume", str(run)).finish()
+    assert_same(run, two if ranks > 1 else one)
+
+
+def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
+    folder: Path, recipes: dict[str, Path]
+) -> None:
+    common = ["model.backbone.checkpoint_activations=true", "model.backbone.d_mlp=24"]
+    whole = fit(folder / "plain", recipes["genomics"], 1, *common)
+    place = folder / "sharded"
+    arguments = options(2, *common, "trainer.strategy=fsdp2-sharded")
+    started = Run(place, 2, "fit", str(recipes["genomics"]), *arguments)
+    run = place / "runs" / "genomics" / "1"
+    started.wait_for_step(run, 5)
+    os.kill(started.processes[1].pid, signal.SIGTERM)
+    assert f"mambazoo resume {Path('runs/genomics/1')}" in started.finish(143)
+    checkpoints = run / "checkpoints"
+    stopped = read_checkpoint(checkpoints / "last.ckpt")
+    assert 5 <= stopped["global_step"] < STEPS
+    # one folder of parts for each checkpoint, and none that a checkpoint does not name
+    assert len(list((checkpoints / "shards").iterdir())) <= 3
+    for ranks, strategy in ((1, "auto"), (2, "fsdp2-sharded"), (4, "fsdp2")):
+        again = folder / f"again-{ranks}"
+        shutil.copytree(place, again)
+        arguments = options(ranks, f"trainer.strategy={strategy}")
+        Run(again, ranks, "resume", "runs/genomics/1", *arguments).finish()
+        assert_close(again / "runs" / "genomics" / "1", whole, 2e-4)
+    # one that lacks a part is passed over for the one before
+    part = next((checkpoints / "shards").glob(f"{stopped['global_step']}-*/00001.parts"))
+    part.write_bytes(part.read_bytes()[:100])
+    path, problems = newest_checkpoint(checkpoints)
+    assert path.name == "previous.ckpt"
+    assert part.name in problems[0]
