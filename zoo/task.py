@@ -44,6 +44,10 @@ class Task(L.LightningModule):
         """Update and log the metrics of a held-out batch, named `{stage}/...`."""
         raise NotImplementedError
 
+    def setup(self, stage: str) -> None:
+        # Lightning does so too, but after a checkpoint has been read, and rounded, into what the module was
+        self.trainer.precision_plugin.convert_module(self)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
         self._losses.append(loss.detach())
