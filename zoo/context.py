@@ -48,7 +48,9 @@ class ContextParallel(DDPStrategy):
                 f"trainer.strategy: {self.world_size} ranks cannot be divided into groups of {size}; change "
                 "trainer.devices or the size of context"
             )
-        groups = [torch.distributed.new_group(list(range(i, i + size))) for i in range(0, self.world_size, size)]
+        groups = [
+            torch.distributed.new_group(list(range(i, i + size))) for i in range(0, self.world_size, size)
+        ]
         self.parts = Parts(groups[self.global_rank // size], self.global_rank % size, size)
 
     def setup(self, trainer: L.Trainer) -> None:
@@ -66,7 +68,9 @@ class ContextParallel(DDPStrategy):
                     f"trainer.strategy: context knows no {type(module).__name__}; leave model.backbone.pattern at mamba"
                 )
         # a convolution looks back on no more than the part before
-        self._shortest = max(module.config.d_conv for module in backbone.modules() if isinstance(module, Mamba))
+        self._shortest = max(
+            module.config.d_conv for module in backbone.modules() if isinstance(module, Mamba)
+        )
         super().setup(trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -74,7 +78,9 @@ class ContextParallel(DDPStrategy):
 
     def _part_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if "targets" not in batch:
-            raise ValueError("trainer.strategy: context is for models of tokens; train classifiers with ddp or fsdp2")
+            raise ValueError(
+                "trainer.strategy: context is for models of tokens; train classifiers with ddp or fsdp2"
+            )
         if "cu_seqlens" in batch:
             raise ValueError("data.packing: context splits every row alike; set it to false")
         size, rank = self.parts.size, self.parts.rank

@@ -41,7 +41,9 @@ class FullySharded(ModelParallelStrategy):
 
     def __init__(self, checkpoint: str = "whole") -> None:
         if checkpoint not in KINDS:
-            raise ValueError(f"trainer.strategy: checkpoint must be one of {', '.join(KINDS)}, not {checkpoint!r}")
+            raise ValueError(
+                f"trainer.strategy: checkpoint must be one of {', '.join(KINDS)}, not {checkpoint!r}"
+            )
         super().__init__(tensor_parallel_size=1)
         self.checkpoint = checkpoint
 

@@ -45,7 +45,9 @@ def part_files(checkpoint: dict[str, Any], folder: Path) -> list[Path]:
     shards = checkpoint.get(FOLDER)
     if shards is None:
         return []
-    return [folder / FOLDER / Path(shards["folder"]).name / part_name(rank) for rank in range(shards["ranks"])]
+    return [
+        folder / FOLDER / Path(shards["folder"]).name / part_name(rank) for rank in range(shards["ranks"])
+    ]
 
 
 def part_name(rank: int) -> str:

@@ -1,17 +1,18 @@
-"""A rank of a run, in a process that has PyTorch in memory already: `ranks` in test_parallel.py starts it."""
+"""A rank of a run, in a process that has PyTorch in memory already: `Run` in test_parallel.py starts it."""
 
+import multiprocessing
 import os
 import sys
-from typing import Any
 
 environment: dict[str, str]
 folder: str
 output: str
 arguments: list[str]
-before: Any
+before: str
 
 os.environ.update(environment)
-os.setsid()
+# as in a process of its own
+multiprocessing.set_start_method("fork", force=True)
 os.chdir(folder)
 file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.dup2(file, 1)

@@ -20,6 +20,10 @@ from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
 STEPS = 16
 # how often a run is killed; 50 and more when it is to be sure
 KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 4))
+at_length = pytest.mark.skipif(
+    "MAMBAZOO_TEST_KILLS" not in os.environ, reason="the longer matrix runs with MAMBAZOO_TEST_KILLS=50"
+)
+DOUBLE = "trainer.precision=64-true"
 context = get_context("forkserver")
 context.set_forkserver_preload(["torch", "lightning", "matplotlib.figure", "mambazoo.recipes.train"])
 
@@ -152,12 +156,29 @@ def fit(folder: Path, recipe: Path, ranks: int, *more: str) -> Path:
     return folder / "runs" / recipe.stem / "1"
 
 
-def test_two_ranks_lose_what_one_loses(folder: Path, recipes: dict[str, Path]) -> None:
-    double = "trainer.precision=64-true"
-    one = fit(folder / "one", recipes["genomics"], 1, double)
-    two = fit(folder / "two", recipes["genomics"], 2, double, "trainer.strategy=ddp")
-    assert_close(two, one, 1e-9)
-    a, b = weights(two), weights(one)
+@pytest.fixture(scope="module")
+def one(folder: Path, recipes: dict[str, Path]) -> Path:
+    """The run of one rank, in double precision."""
+    return fit(folder / "one", recipes["genomics"], 1, DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "groups", "strategy"),
+    [
+        (2, 2, "ddp"),
+        (2, 1, "context"),
+        pytest.param(4, 2, "context-2", marks=at_length),
+        pytest.param(4, 1, "context", marks=at_length),
+    ],
+)
+def test_ranks_lose_what_one_loses(
+    folder: Path, recipes: dict[str, Path], one: Path, ranks: int, groups: int, strategy: str
+) -> None:
+    place = folder / f"{strategy}-of-{ranks}"
+    batch = f"data.batch_size={8 // groups}"
+    run = fit(place, recipes["genomics"], ranks, DOUBLE, f"trainer.strategy={strategy}", batch)
+    assert_close(run, one, 1e-9)
+    a, b = weights(run), weights(one)
     assert all(torch.allclose(a[name], b[name], rtol=1e-7, atol=1e-9) for name in b)
 
 
@@ -211,7 +232,7 @@ def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     assert 5 <= stopped["global_step"] < STEPS
     # one folder of parts for each checkpoint, and none that a checkpoint does not name
     assert len(list((checkpoints / "shards").iterdir())) <= 3
-    for ranks, strategy in ((1, "auto"), (2, "fsdp2-sharded"), (4, "fsdp2")):
+    for ranks, strategy in ((1, "auto"), (4, "fsdp2")):
         again = folder / f"again-{ranks}"
         shutil.copytree(place, again)
         arguments = options(ranks, f"trainer.strategy={strategy}")
@@ -223,3 +244,32 @@ def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     path, problems = newest_checkpoint(checkpoints)
     assert path.name == "previous.ckpt"
     assert part.name in problems[0]
+
+
+def test_parts_of_a_sequence_equal_the_whole(folder: Path) -> None:
+    # one rank that starts, one that hands on, one that ends
+    script = Path(__file__).resolve().parents[1] / "zoo" / "parts_ranks.py"
+    Run(folder / "parts", 3, before=script.read_text()).finish()
+
+
+FULL = """
+import errno, os, stat
+fsync, calls = os.fsync, []
+def full(handle):
+    calls.append(handle)
+    if os.environ["RANK"] == "1" and len(calls) > 5 and stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(handle)
+os.fsync = full
+"""
+
+
+def test_one_ranks_full_disk_ends_all_with_a_message(folder: Path, recipes: dict[str, Path]) -> None:
+    place = folder / "full"
+    arguments = options(2, "trainer.strategy=fsdp2-sharded", "callbacks.checkpoints.every_n_steps=1")
+    text = Run(place, 2, "fit", str(recipes["genomics"]), *arguments, before=FULL).finish(1, 1)
+    assert "No space left on device); what was there before is whole" in text
+    assert "Traceback" not in text
+    path, problems = newest_checkpoint(place / "runs" / "genomics" / "1" / "checkpoints")
+    assert path.name == "last.ckpt"
+    assert problems == []

@@ -1,4 +1,4 @@
-"""What each rank of a group does with its part of a sequence, compared with the whole; test_context.py runs it."""
+"""What each rank of a group does with its part of a sequence, compared with the whole; test_parallel.py runs it."""
 
 import itertools
 import os
@@ -38,13 +38,11 @@ for values, dtype in itertools.product(kinds, (torch.float64, torch.float32)):
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(y_part, y[:, mine], **tolerance)
     torch.testing.assert_close(part.grad, whole.grad[:, mine], **tolerance)
-    worst = 0.0
     for name, p in mixer.named_parameters():
         dist.all_reduce(p.grad)
-        torch.testing.assert_close(p.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-        worst = max(worst, float((p.grad - expected[name]).abs().max() / expected[name].abs().max()))
-    if not rank:
-        print(values, dtype, float((y_part - y[:, mine]).abs().max()), worst, flush=True)
+        torch.testing.assert_close(
+            p.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
     # what came from the part before matters
     if rank and not values:
         mixer.parts = None
