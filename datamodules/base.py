@@ -135,7 +135,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def _world(self) -> tuple[int, int]:
-        """Among how many the samples are shared, and which of them this is; ranks may work on the same ones together."""
+        """Among how many the samples are shared, and which of them this is; several ranks may work on the same."""
         sharing = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
 

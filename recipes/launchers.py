@@ -14,7 +14,8 @@ def cluster() -> Any:
     # a look at the environment spares the import
     if not any(name.startswith(("TORCHELASTIC_", "SLURM_")) for name in os.environ):
         return None
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     kinds: tuple[Any, ...] = (TorchElasticEnvironment, SLURMEnvironment)
     return next((kind() for kind in kinds if kind.detect()), None)
@@ -25,12 +26,12 @@ def first_says(what: str, say: Callable[[], str]) -> str:
     environment = cluster()
     if environment is None or environment.world_size() == 1:
         return say()
-    from torch.distributed import TCPStore
+    from torch import distributed as dist
 
     first = environment.global_rank() == 0
     # torchrun keeps a store at the port that it gives; elsewhere the next one is the first rank's for this
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = _stores[what] = TCPStore(
+    store = _stores[what] = dist.TCPStore(  # type: ignore[attr-defined]
         environment.main_address,
         environment.main_port + (0 if kept else 1),
         is_master=first and not kept,

@@ -13,8 +13,8 @@ from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, 
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import compose, find
-from .launchers import cluster
 from .launch import Launch, quiet, reuse_memory
+from .launchers import cluster
 from .runs import latest_run, make_run, plot_losses, record, summarise
 
 # the callbacks that a run without training needs

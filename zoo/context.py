@@ -1,4 +1,4 @@
-"""Training on sequences longer than one device holds: each is split over the ranks of a group, groups train as in DDP."""
+"""Training on sequences that are too long for a device: the ranks of a group share each, groups train as in DDP."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ _FILL = {"inputs": 0, "targets": IGNORE, "weights": 0}
 class ContextParallel(DDPStrategy):
     """Share each sequence out over `size` neighbouring ranks, and the samples over groups of them.
 
-    The ranks of a group load the same samples, of which each keeps its part. For causal models of tokens whose mixers are
-    all `mamba`; sequences are not packed.
+    The ranks of a group load the same samples, of which each keeps its part. For causal models of tokens whose mixers
+    are all `mamba`; sequences are not packed.
 
     Args:
         size: ranks a sequence; None is all there are.

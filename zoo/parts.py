@@ -1,14 +1,15 @@
 """One sequence in parts, a part on each rank of a group: what a mixer needs of the parts before its own.
 
-The recurrence is linear, so a part maps the state h it starts from to P h + e, where e is the state it ends in from zero
-and P = exp(A sum_t delta_t) its decay, (Mamba, equation 2, multiplied out). Every part finds its own e and sum of delta
-at once, one exchange hands them all to all ranks, each of which folds up those before it and scans its part from where
-it truly starts. Gradients of the states go the same way back, folded from the last part to the first.
+The recurrence is linear: a part maps the state h that it starts from to P h + e, where e is the state that it ends in
+from zero and P = exp(A sum_t delta_t) its decay (Mamba, equation 2, multiplied out). Every part finds its own e and sum
+of delta at once, one exchange hands all of them to all ranks, and each folds up those before it and scans its part from
+where it truly starts. Gradients of the states go the same way back, folded from the last part to the first.
 
-The exchange is b d (n + 1) numbers a rank and layer forward, b d n backward, whatever the length; the convolution's is
-b d (k - 1) either way. The first part starts from zero, so that its one scan is both; of the last part's end nobody asks.
-Each of the others scans twice: a second scan from the true start costs what it would to add C_t exp(A sum delta) h to
-every y, which is a scan as well, and its first one can leave y out.
+The exchange is b d (n + 1) numbers a rank and layer forward, b d n backward, however long the parts; the convolution's
+is b d (k - 1) either way. The first part starts from zero, so that its one scan is both, and of the last part's end
+nobody asks: of two parts each is scanned once, the second one after the first. Parts between them are scanned twice. To
+add C_t exp(A sum delta) h to every y instead is a second scan as well, of as many exponentials; and a first scan of
+which only the end is asked for can leave y out.
 """
 
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Parts:
     size: int
 
     def inputs_before(self, x: Tensor, count: int) -> Tensor:
-        """The last `count` steps (b, count, d) of the part before x (b, l, d), of which all have as many; else zeros."""
-        return _Shift.apply(x[:, x.shape[1] - count :], self)
+        """The last `count` steps (b, count, d) of the part before x (b, l, d), all as long; zeros before the first."""
+        return _shift(x[:, x.shape[1] - count :], self)
 
     def scan(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
@@ -47,12 +48,12 @@ class Parts:
         total = total.sum(1) if delta.ndim == 3 else (total * u.shape[1]).expand(len(u), -1)
         if self.rank == 0:
             y, end = selective_scan(u, delta, A, B, C, D, z, return_final_state=True, **values)
-            y, _ = _HandOff.apply(y, total, A, end, self)
+            y, _ = _hand_off(y, total, A, end, self)
             return y
         end = torch.zeros(len(u), *A.shape, dtype=A.dtype, device=A.device)
         if self.rank < self.size - 1:
             _, end = selective_scan(u, delta, A, B, C, return_final_state=True, **values)
-        _, start = _HandOff.apply(None, total, A, end, self)
+        _, start = _hand_off(None, total, A, end, self)
         y, _ = selective_scan(u, delta, A, B, C, D, z, initial_state=start, **values)
         return y
 
@@ -73,14 +74,14 @@ class _Shift(torch.autograd.Function):
         return gathered[parts.rank - 1] if parts.rank else torch.zeros_like(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         parts: Parts = ctx.parts
         gathered = parts.gather(gradient)
         return gathered[parts.rank + 1] if parts.rank + 1 < parts.size else torch.zeros_like(gradient), None
 
 
 class _HandOff(torch.autograd.Function):
-    """From the end states of all parts to the state that this one starts from; y passes, so that every rank takes part."""
+    """From the states that all parts end in to that where this one starts; y passes, so that every rank takes part."""
 
     @staticmethod
     def forward(
@@ -97,7 +98,7 @@ class _HandOff(torch.autograd.Function):
         return None if y is None else y.view_as(y), start
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, d_start: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, d_start: Tensor) -> tuple[Any, ...]:
         parts: Parts = ctx.parts
         totals, A, start = ctx.saved_tensors
         gathered = parts.gather(_numbers(d_start))
@@ -110,6 +111,10 @@ class _HandOff(torch.autograd.Function):
         d_exponent = (torch.exp(total * A) * start).conj() * d_end
         d_total = (A.conj() * d_exponent).sum(-1)
         return dy, d_total.real, (total * d_exponent).sum(0), d_end, None
+
+
+_shift: Any = _Shift.apply
+_hand_off: Any = _HandOff.apply
 
 
 def _numbers(state: Tensor) -> Tensor:

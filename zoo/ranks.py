@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other beside gradients: sums, decisions, states. One process is a run of one rank."""
+"""What the ranks of a run tell each other beside gradients: sums, decisions, states. One process is one rank."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,7 @@
 """Training with parameters, gradients and optimiser state shared out over the ranks (FSDP2, a group of them per block).
 
-A checkpoint is the one that any other run writes, so that it goes on with any number of ranks and any strategy: whole, or
-with the tensors of each rank in a file of its own (shards.py).
+A checkpoint is the one that any other run writes, so that it goes on with any number of ranks and any strategy: whole,
+or with the tensors of each rank in a file of its own (shards.py).
 """
 
 import time
@@ -57,7 +57,8 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
-        assert self.model is not None and self.accelerator is not None
+        assert self.model is not None
+        assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
