@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.scan import selective_scan
+from ..kernels.scan_part import selective_scan_part
 from ..kernels.step import selective_state_update
 from .config import MambaConfig
 from .mixer import Mixer
@@ -157,8 +158,19 @@ class Mamba(Mixer):
         )
         delta, B, C = self.select(u)
         if self.parts is not None:
-            y = self.parts.scan(
-                u, delta, self.A, B, C, self.D, z, self.delta_bias, self.config.discretization
+            A = self.A
+            y = selective_scan_part(
+                u,
+                delta,
+                A,
+                B,
+                C,
+                self.D,
+                z,
+                self.delta_bias,
+                delta_softplus=True,
+                neighbours=self.parts.others(A),
+                discretization=self.config.discretization,
             )
             return y, None
         y, ssm_state = selective_scan(
