@@ -14,7 +14,7 @@ from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import compose, find
 from .launch import Launch, quiet, reuse_memory
-from .launchers import cluster
+from .launchers import first_says, is_first
 from .runs import latest_run, make_run, plot_losses, record, summarise
 
 # the callbacks that a run without training needs
@@ -121,10 +121,13 @@ def baseline(name: str, overrides: list[str]) -> int:
 
 def _prepare(launch: Launch) -> None:
     """Read the data before anything else: what is wrong with it is said before a run exists."""
-    if "LOCAL_RANK" not in os.environ and cluster() is None:
+    if is_first():
         logging.getLogger("mambazoo").setLevel(logging.INFO)
-        launch.datamodule.prepare_data()
-        launch.datamodule.setup("fit")
+    data = launch.datamodule
+    first_says("prepared", lambda: str(data.prepare_data()))
+    # on another machine there is another cache
+    data.prepare_data()
+    data.setup("fit")
 
 
 def _train(launch: Launch, run: Path, name: str, checkpoint: Path | None = None) -> int:
