@@ -215,6 +215,13 @@ def test_a_run_of_any_ranks_goes_on_exactly(
     assert_same(run, whole[name, ranks])
 
 
+def test_a_deterministic_run_repeats(
+    folder: Path, recipes: dict[str, Path], whole: dict[tuple[str, int], Path]
+) -> None:
+    run = fit(folder / "deterministic", recipes["genomics"], 1, "trainer.deterministic=true")
+    assert_same(run, whole["genomics", 1])
+
+
 def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     folder: Path, recipes: dict[str, Path]
 ) -> None:
