@@ -209,7 +209,9 @@ def _reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
         best = run / "checkpoints" / BEST
         path = best if best.exists() else newest_checkpoint(run / "checkpoints")[0]
     checkpoint = read_checkpoint(path)
-    config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *overrides])
+    # one process sees every sample once, and in order
+    alone = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"]
+    config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
     config.pop("name", None)
     if (run / TOKENIZER).is_file() and not any(
         override.startswith("data.tokenizer=") for override in overrides

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .block import Block
+from .context import ContextParallel
 from .sharding import FullySharded
 
 MODES = ("default", "reduce-overhead")
@@ -41,6 +42,10 @@ class Compile(L.Callback):
             raise ValueError(
                 f"callbacks.compile.mode: reduce-overhead captures CUDA graphs and cannot run on {device.type}; "
                 "use default or null"
+            )
+        if isinstance(trainer.strategy, ContextParallel):
+            raise ValueError(
+                "callbacks.compile.mode: the ranks of context talk within a layer, which cannot be compiled; set it to null"
             )
         self._try(device)
         if not isinstance(trainer.strategy, FullySharded):
