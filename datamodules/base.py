@@ -2,7 +2,7 @@
 
 A batch is a dict of tensors:
     inputs     (b, l) integer tokens, or (b, l, features)
-    targets    (b, l) integers, -100 where nothing is to be predicted, and/or labels (b,)
+    targets    (b, l) integers, -100 where nothing is to be predicted, and/or labels (b,), where alone with -100 too
     weights    (b, l), optional: what each target counts in the loss
     lengths    (b,), optional: how many inputs of each row there are; the rest are padding
     cu_seqlens (s + 1,) int32, optional, beside b = 1: sequence i is [cu_seqlens[i], cu_seqlens[i + 1])
@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .order import EndlessBatches, OrderedBatches, permute
+from .order import STAND_IN, EndlessBatches, OrderedBatches, permute
 
 Batch = Mapping[str, Tensor]
+IGNORE = -100
+# marks the row of a stand-in on its way to the batch
+_STAND_IN = "stand_in"
 
 
 class Samples(Protocol):
@@ -123,12 +126,17 @@ class DataModule(L.LightningDataModule):
         batches = OrderedBatches(len(self.samples[split]), self.batch_size, rank, world)
         return self._loader(InOrder(self.samples[split]), batches)
 
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        stand_in = any(row.pop(_STAND_IN, False) for row in rows)
+        batch = self.collate(rows)
+        return _count_for_nothing(batch) if stand_in else batch
+
     def _loader(self, dataset: Dataset[Any], batches: Any) -> DataLoader[Any]:
         return Loader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
-            collate_fn=self.collate,
+            collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_leave_signals_to_the_main_process,
@@ -137,9 +145,11 @@ class DataModule(L.LightningDataModule):
         )
 
     def _world(self) -> tuple[int, int]:
+        """Among how many the samples are shared, and which of them this is; several ranks may work on the same."""
         if self._rebuilding:
             return self._rebuilding
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sharing = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
 
 
 class Loader(DataLoader[Any]):
@@ -183,4 +193,14 @@ class InOrder(Dataset[Any]):
         self.samples = samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == STAND_IN:
+            return {**self.samples.read(0, 0), _STAND_IN: True}
         return self.samples.read(index, 0)
+
+
+def _count_for_nothing(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take what is to be predicted out of a batch, so that it adds nothing to any metric."""
+    batch["targets" if "targets" in batch else "labels"].fill_(IGNORE)
+    if "bytes" in batch:
+        batch["bytes"].zero_()
+    return batch

@@ -7,6 +7,8 @@ whole state of the data is one integer, the samples consumed; workers, ranks and
 from collections.abc import Iterator
 
 _MASK = (1 << 64) - 1
+# the number of a sample that is read in place of one that is not there, and counts for nothing
+STAND_IN = -1
 
 
 def mix(*values: int) -> int:
@@ -81,14 +83,19 @@ class GrowingBatches:
 
 
 class OrderedBatches:
-    """The batches of held-out sample numbers that one rank reads: every world-th sample, from first to last."""
+    """The batches of held-out sample numbers that one rank reads: every world-th sample, from first to last.
+
+    All ranks read as many batches, since they work on them together: one that has no sample left reads a STAND_IN.
+    """
 
     def __init__(self, count: int, batch_size: int, rank: int, world: int) -> None:
         self.indices, self.batch_size = range(rank, count, world), batch_size
+        self.batches = -(-count // (world * batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield list(self.indices[start : start + self.batch_size])
+        for batch in range(self.batches):
+            start = batch * self.batch_size
+            yield list(self.indices[start : start + self.batch_size]) or [STAND_IN]

@@ -13,7 +13,7 @@ Memory is O(b l d) and a few tiles that fit the cache; (b, l, d, n) never exists
 starts allow it are folded into rows of equal length: many short walks side by side are over sooner than a long one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -43,8 +43,17 @@ def scan_fwd(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    start: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, the states where tiles start."""
+    """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, the states where tiles start.
+
+    `start` gives the initial state once it is known what becomes of zero (scan_part.py), by a scan of its own.
+    """
+    if start is not None:
+        flags = (delta_softplus, reverse, discretization)
+        _, end, _ = scan_fwd(u, delta, A, B, C, None, None, delta_bias, None, None, *flags)
+        scan = _Scan(u, delta, A, B, C, delta_bias, None, None, *flags)
+        initial_state = start(end, scan.batch_first(scan.delta).sum(1))
     scan = _Scan(
         u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
     )
@@ -89,11 +98,20 @@ def scan_bwd(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    end_gradient: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is absent.
 
-    Gradients of complex tensors follow PyTorch's convention.
+    Gradients of complex tensors follow PyTorch's convention. `end_gradient` gives d_final once it is known what y alone
+    asks of the initial state (scan_part.py), by a backward of its own.
     """
+    if end_gradient is not None:
+        *_, asked = scan_bwd(
+            dy, None, kept, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            delta_softplus, reverse, discretization,
+        )  # fmt: skip
+        assert asked is not None
+        d_final = end_gradient(asked)
     scan = _Scan(
         u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
     )

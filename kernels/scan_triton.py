@@ -13,6 +13,7 @@ program as partial sums: no atomics, and so the same result to the bit from run 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -268,13 +269,20 @@ def scan_fwd(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    start: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, those that enter chunks (k, n, d)."""
+    """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, those that enter chunks (k, n, d).
+
+    `start` gives the initial state once it is known what becomes of zero (scan_part.py).
+    """
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     kept = A.new_empty(scan.plan.chunks, scan.n, scan.d)
     decays = A.new_empty(scan.plan.chunks, scan.d)
     scan.launch(chunk_states_kernel, states_ptr=kept, decays_ptr=decays)
+    if start is not None:
+        end = scan.carry(kept.clone(), decays, None, backward=False)
+        initial_state = start(end.transpose(1, 2), decays.view(scan.b, -1, scan.d).sum(1))
     last = scan.carry(kept, decays, _states(initial_state), backward=False)
     scan.launch(scan_fwd_kernel, states_ptr=kept, y_ptr=y)
     return y, last.transpose(1, 2), kept
@@ -297,8 +305,12 @@ def scan_bwd(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    end_gradient: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is absent."""
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is absent.
+
+    `end_gradient` gives d_final once it is known what y alone asks of the initial state (scan_part.py).
+    """
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
     dy = torch.zeros_like(u, memory_format=torch.contiguous_format) if dy is None else by_rows(dy)
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -324,6 +336,8 @@ def scan_bwd(
     # of every chunk dA (n, d), dD (d,) and d bias (d,)
     sums = A.new_empty(chunks, n + 2, d)
     scan.launch(chunk_grads_kernel, grads_ptr=grads, decays_ptr=decays)
+    if end_gradient is not None:
+        d_final = end_gradient(scan.carry(grads.clone(), decays, None, backward=True).transpose(1, 2))
     d_initial = scan.carry(grads, decays, _states(d_final), backward=True)
     parts = scan.partial_sums(C, forward_sweep_kernel, kept)
     scan.launch(

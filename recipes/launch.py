@@ -27,6 +27,13 @@ PRETRAINED = "pretrained"
 FINETUNE = "finetune"
 # sections that hold named objects, each with a class_path of its own
 _OBJECTS = ("callbacks", "loggers", "plugins")
+# names of ours for trainer.strategy, beside Lightning's; context-4 splits a sequence over four ranks
+_SHARDED, _CONTEXT = "mambazoo.zoo.sharding.FullySharded", "mambazoo.zoo.context.ContextParallel"
+_STRATEGIES: dict[str, dict[str, Any]] = {
+    "fsdp2": {"class_path": _SHARDED},
+    "fsdp2-sharded": {"class_path": _SHARDED, "init_args": {"checkpoint": "sharded"}},
+    "context": {"class_path": _CONTEXT},
+}
 
 
 class Launch(LightningCLI):
@@ -65,6 +72,7 @@ class Launch(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         problems = self.problems + _config_problems(self.classes, args)
+        args["trainer"]["strategy"] = _strategy(args["trainer"].get("strategy", "auto"))
         steps = args["trainer"].get("max_steps")
         if steps is None or (isinstance(steps, int) and steps < 1):
             args["trainer"]["max_steps"] = 1
@@ -211,6 +219,13 @@ def _split_classes(config: dict[str, Any]) -> tuple[dict[str, type], dict[str, A
     if "model" not in classes or "data" not in classes:
         raise ValueError("\n".join(problems))
     return classes, values, problems
+
+
+def _strategy(given: Any) -> Any:
+    """What a name of ours for a strategy stands for; any other is Lightning's."""
+    if isinstance(given, str) and (match := re.fullmatch(r"context-(\d+)", given)):
+        return {"class_path": _CONTEXT, "init_args": {"size": int(match[1])}}
+    return _STRATEGIES.get(given, given) if isinstance(given, str) else given
 
 
 def import_class(path: str) -> type:

@@ -24,6 +24,7 @@ import yaml
 from .. import __version__
 from ..zoo.journal import read_journal
 from .find import KEPT, ROOT
+from .launchers import first_says
 
 # the processes that a launcher starts find the folder of their run here
 _RUN = "MAMBAZOO_RUN"
@@ -38,6 +39,10 @@ def make_run(root: Path, name: str) -> Path:
     """
     if _RUN in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ[_RUN])
+    return Path(first_says("run", lambda: str(_make_run(root, name))))
+
+
+def _make_run(root: Path, name: str) -> Path:
     parent = root / name
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from ..zoo.throughput import Throughput
 from .find import TESTED, Recipe, compose, find, flat
 from .finetune import Start, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
+from .launchers import first_says, is_first
 from .runs import draw, latest_run, make_run, record, summarise
 
 # the callbacks that a run without training needs
@@ -87,7 +88,7 @@ def resume(name: str, overrides: list[str]) -> int:
     os.environ["MAMBAZOO_RUN"] = str(run)
     if launch.trainer.is_global_zero:
         rewind_journal(run, step)
-    print(f"resuming {run} after step {step}", flush=True)
+        print(f"resuming {run} after step {step}", flush=True)
     return _train(launch, config, run, recipe.name, path)
 
 
@@ -149,10 +150,13 @@ def baseline(name: str, overrides: list[str]) -> int:
 
 def _prepare(launch: Launch) -> None:
     """Read the data before anything else: what is wrong with it is said before a run exists."""
-    if "LOCAL_RANK" not in os.environ:
+    if is_first():
         logging.getLogger("mambazoo").setLevel(logging.INFO)
-    launch.datamodule.prepare_data()
-    launch.datamodule.setup("fit")
+    data = launch.datamodule
+    first_says("prepared", lambda: str(data.prepare_data()))
+    # on another machine there is another cache
+    data.prepare_data()
+    data.setup("fit")
 
 
 def _train(
@@ -174,7 +178,9 @@ def _train(
     if stopping and stopping.received:
         if trainer.is_global_zero:
             print(f"stopped after step {trainer.global_step}; go on with\n  mambazoo resume {run}")
-        return 128 + stopping.received
+            return 128 + stopping.received
+        # the first rank's code is the run's; a launcher that sees another end with an error kills it
+        return 0
     if trainer.is_global_zero:
         _finish(launch, config, run, name)
     return 0
@@ -237,7 +243,9 @@ def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
         best = run / "checkpoints" / BEST
         path = best if best.exists() else newest_checkpoint(run / "checkpoints")[0]
     checkpoint = read_checkpoint(path)
-    config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *overrides])
+    # one process sees every sample once, and in order
+    alone = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"]
+    config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
     config.pop("name", None)
     if (run / TOKENIZER).is_file() and not any(
         override.startswith("data.tokenizer=") for override in overrides

@@ -15,7 +15,8 @@ from torchmetrics.classification import (
 
 from .config import BackboneConfig, nearest
 from .frontends import Patches, TokenEmbedding
-from .heads import POOLINGS, pool
+from .heads import IGNORE, POOLINGS, pool
+from .ranks import ranks, sum_over_ranks
 from .strands import complement_table, reverse_complement
 from .task import Batch, Task
 from .unet import build_backbone
@@ -143,13 +144,18 @@ class SequenceClassifier(Task):
         return (logits + self(other, lengths)) / 2
 
     def training_loss(self, batch: Batch) -> Tensor:
-        return self._cross_entropy(self(batch["inputs"], batch.get("lengths")), batch["labels"])
+        labels = batch["labels"]
+        total = self._cross_entropy(self(batch["inputs"], batch.get("lengths")), labels)
+        return total * ranks() / sum_over_ranks(self._weight(labels))
 
     def measure(self, batch: Batch, stage: str) -> None:
         logits, labels = self.predict(batch), batch["labels"]
-        self.loss.update(self._cross_entropy(logits, labels), self.class_weights[labels].sum())
+        weight = self._weight(labels)
+        # a batch of stand-ins, without a label, counts for nothing
+        self.loss.update(self._cross_entropy(logits, labels) / weight.clamp(min=1e-6), weight)
         self.log(f"{stage}/loss", self.loss, on_epoch=True, prog_bar=True)
-        p = logits.float().softmax(-1)
+        known = labels != IGNORE
+        p, labels = logits.float().softmax(-1)[known], labels[known]
         for metric in (self.confusion, self.f1, self.mcc, self.auroc):
             metric.update(p, labels)
 
@@ -178,7 +184,13 @@ class SequenceClassifier(Task):
             metric.reset()
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, weight=self.class_weights)
+        return F.cross_entropy(
+            logits.float(), labels, weight=self.class_weights, reduction="sum", ignore_index=IGNORE
+        )
+
+    def _weight(self, labels: Tensor) -> Tensor:
+        """What the labels that there are count together."""
+        return self.class_weights[labels[labels != IGNORE]].sum()
 
 
 def _bounds(lengths: Tensor, l: int) -> Tensor:

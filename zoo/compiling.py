@@ -6,6 +6,10 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 
+from .block import Block
+from .context import ContextParallel
+from .sharding import FullySharded
+
 MODES = ("default", "reduce-overhead")
 
 
@@ -43,8 +47,22 @@ class Compile(L.Callback):
                 f"callbacks.compile.mode: reduce-overhead captures CUDA graphs and cannot run on {device.type}; "
                 "use default or null"
             )
+        if isinstance(trainer.strategy, ContextParallel):
+            raise ValueError(
+                "callbacks.compile.mode: ranks of context talk within a layer, which cannot be compiled; set it to null"
+            )
         self._try(device)
-        backbone.compile(mode=self.mode, fullgraph=True)
+        if not isinstance(trainer.strategy, FullySharded):
+            backbone.compile(mode=self.mode, fullgraph=True)
+            return
+        if self.graphs:
+            raise ValueError(
+                "callbacks.compile.mode: with fsdp2 parameters come and go, which CUDA graphs cannot; use default"
+            )
+        # block by block, and without the hooks that gather its parameters
+        for module in backbone.modules():
+            if isinstance(module, Block):
+                module.forward = torch.compile(module.forward, mode=self.mode, fullgraph=True)  # type: ignore[method-assign]
 
     def _try(self, device: torch.device) -> None:
         """Compile next to nothing, so that a compiler that is missing is found before any work is done."""

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.scan import selective_scan
+from ..kernels.scan_part import selective_scan_part
 from ..kernels.step import selective_state_update
 from .config import MambaConfig
 from .mixer import Mixer
+from .parts import Parts
 
 
 class MambaState(NamedTuple):
@@ -33,6 +35,8 @@ class Mamba(Mixer):
 
     in_proj: nn.Linear
     out_proj: nn.Linear
+    # the ranks that a sequence is split over, while it is (context.py)
+    parts: Parts | None = None
 
     def __init__(self, d_model: int, config: MambaConfig) -> None:
         super().__init__()
@@ -142,16 +146,35 @@ class Mamba(Mixer):
         self, projected: Tensor, *, state: MambaState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState | None]:
         u, z = projected.chunk(2, dim=-1)
+        before = None if state is None else state.conv
+        if self.parts is not None:
+            before = self.parts.inputs_before(u, self.config.d_conv - 1)
         u, conv_state = causal_conv1d(
             u,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
-            initial_state=None if state is None else state.conv,
+            initial_state=before,
             return_final_state=state is not None,
             cu_seqlens=cu_seqlens,
         )
         delta, B, C = self.select(u)
+        if self.parts is not None:
+            A = self.A
+            y = selective_scan_part(
+                u,
+                delta,
+                A,
+                B,
+                C,
+                self.D,
+                z,
+                self.delta_bias,
+                delta_softplus=True,
+                neighbours=self.parts.others(A),
+                discretization=self.config.discretization,
+            )
+            return y, None
         y, ssm_state = selective_scan(
             u,
             delta,

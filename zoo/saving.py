@@ -18,7 +18,10 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+from .ranks import together
+from .shards import join, part_files
+
+LAST, PREVIOUS, BEST = NAMES = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -54,15 +57,47 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_part(path: Path, parts: list[torch.Tensor]) -> None:
+    """Write a rank's parts of a checkpoint (shards.py) into a folder that all ranks make.
+
+    Raises:
+        OSError: see `write_whole`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: torch.save(parts, file))
+    sync_folder(path.parent.parent)
+
+
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a trainer's checkpoint, whole or in parts, as a whole one; see `read_tensors`.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when a file is damaged, is something else, or holds objects that only code could load.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    checkpoint = read_tensors(path, mmap=mmap)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} holds no model: it has no state_dict")
+    files = part_files(checkpoint, path.parent)
+    if not files:
+        return checkpoint
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{path} is in parts, and {file} is not there")
+    return join(checkpoint, [read_tensors(file, mmap=mmap) for file in files])
+
+
 def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     """Read what torch.save wrote: tensors and plain values only, never code; with mmap, pages when they are used.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when the file is damaged, is something else, or holds objects that only code could load.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged, is something else, or holds objects that only code could load.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no file {path}")
     # a torch file is a zip archive, whose table of contents comes last: a file cut short has none
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint, or not a whole one: {path.stat().st_size} bytes")
@@ -73,18 +108,6 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
         raise ValueError(
             f"{path} cannot be read as tensors and plain values, and is not loaded otherwise: {detail}"
         ) from None
-
-
-def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a trainer's checkpoint as `read_tensors` does.
-
-    Raises:
-        FileNotFoundError, ValueError: as there, and when it holds no model.
-    """
-    checkpoint = read_tensors(path, mmap=mmap)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} holds no model: it has no state_dict")
-    return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -206,9 +229,15 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Write the last checkpoint; the one that was last becomes the previous."""
         last = self.folder / LAST
-        if trainer.is_global_zero and last.exists():
-            _second_name(last, self.folder / PREVIOUS)
-        trainer.save_checkpoint(last, weights_only=False)
+        # not by the trainer, which leaves the other ranks waiting where the disk of the first is full
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+        def write() -> None:
+            if trainer.is_global_zero and last.exists():
+                _second_name(last, self.folder / PREVIOUS)
+            trainer.strategy.save_checkpoint(checkpoint, last)
+
+        together(write)
 
 
 def _second_name(file: Path, name: Path) -> None:

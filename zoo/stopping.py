@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 
+from .ranks import most_over_ranks
+
 _ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,7 +36,9 @@ class GracefulStop(L.Callback):
         if trainer.fit_loop._should_accumulate():
             return
         # every rank stops at the same step, whichever of them was told
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        number = most_over_ranks(self.received or 0)
+        if number:
+            self.received = signal.Signals(number)
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 
@@ -43,7 +47,8 @@ class GracefulStop(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         # the checkpoint before this validation is on disk, and a resumed run validates anew
-        if self.received is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
+        if trainer.state.fn == "fit" and (number := most_over_ranks(self.received or 0)):
+            self.received = signal.Signals(number)
             raise StoppedError
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .config import Config, OptimizerConfig
 from .optim import build_optimizer
+from .ranks import mean_over_ranks
 
 Batch = Mapping[str, Tensor]
 
@@ -39,12 +41,16 @@ class Task(L.LightningModule):
         self._losses: list[Tensor] = []
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """The loss of a training batch, a scalar."""
+        """The loss of a training batch, a scalar; its mean over the ranks is that of the whole batch."""
         raise NotImplementedError
 
     def measure(self, batch: Batch, stage: str) -> None:
         """Update and log the metrics of a held-out batch, named `{stage}/...`."""
         raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        # Lightning does so too, but after a checkpoint has been read, and rounded, into what the module was
+        self.trainer.precision_plugin.convert_module(self)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
@@ -83,7 +89,10 @@ class Task(L.LightningModule):
                 "trainer.gradient_clip_algorithm: gradients are clipped by their norm; leave it out"
             )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
-        loss = torch.stack(self._losses).mean()
+        if isinstance(norm, DTensor):
+            # of parameters that are sharded: every rank needs the norm of them all, and decides alike
+            norm = norm.full_tensor()
+        loss = mean_over_ranks(torch.stack(self._losses).mean())
         self._losses.clear()
         self._guard(optimizer, norm)
         self.log("train/loss", loss, prog_bar=True)

@@ -9,6 +9,7 @@ from torchmetrics import MeanMetric
 from .config import BackboneConfig
 from .frontends import TokenEmbedding
 from .heads import IGNORE, TokenHead
+from .ranks import ranks, sum_over_ranks
 from .strands import complement_table
 from .task import Batch, Task
 from .unet import build_backbone
@@ -91,7 +92,7 @@ class TokenModel(Task):
 
     def training_loss(self, batch: Batch) -> Tensor:
         total, _ = self.losses(batch)
-        return total / weight_of(batch)
+        return total * ranks() / sum_over_ranks(weight_of(batch))
 
     def log_loss(self, batch: Batch, y: Tensor, stage: str) -> Tensor:
         """Log the loss of a held-out batch from what the head reads; return the summed negative log-likelihood."""

@@ -1,15 +1,33 @@
 """Checkpoints on disk: whole or not at all, found when damaged, never run."""
 
 import errno
+import itertools
 import os
 import pickle
+import random
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from mambazoo.zoo.journal import Journal, read_journal, rewind_journal
 from mambazoo.zoo.randomness import random_states, set_random_states
-from mambazoo.zoo.saving import AtomicCheckpointIO, newest_checkpoint, read_checkpoint, write_whole
+from mambazoo.zoo.saving import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    write_whole,
+)
+from mambazoo.zoo.sharding import FullySharded
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+
+# how often writing is killed; 100 when it is to be sure
+KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 10))
 
 
 def save(path: Path, step: int) -> None:
@@ -58,6 +76,48 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         newest_checkpoint(tmp_path)
+
+
+def save_for_ever(folder: Path, kind: str) -> None:
+    """Write a checkpoint after the other, as training does, until killed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    strategy = FullySharded(kind)
+    strategy.checkpoint_io = AtomicCheckpointIO()
+    checkpoints = Checkpoints(str(folder), 1)
+    for step in itertools.count(1):
+        weights = distribute_tensor(torch.full((30_000,), float(step)), mesh)
+        state = {"state_dict": {"w": weights}, "global_step": step}
+        connector = SimpleNamespace(dump_checkpoint=lambda weights_only, state=state: state)
+        trainer = SimpleNamespace(strategy=strategy, is_global_zero=True, _checkpoint_connector=connector)
+        checkpoints.save(trainer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path: Path, kind: str) -> None:
+    draw, newest = random.Random(0), 0
+    for _ in range(KILLS):
+        writer = os.fork()
+        if not writer:
+            try:
+                save_for_ever(tmp_path, kind)
+            finally:
+                os._exit(1)
+        while not (tmp_path / "last.ckpt").exists():
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.05)
+        os.kill(writer, signal.SIGKILL)
+        assert os.waitpid(writer, 0)[1] == signal.SIGKILL
+        path, problems = newest_checkpoint(tmp_path)
+        assert (path.name, problems) == ("last.ckpt", [])
+        checkpoint = read_checkpoint(path)
+        assert (checkpoint["state_dict"]["w"] == checkpoint["global_step"]).all()
+        newest = max(newest, checkpoint["global_step"])
+        path.unlink()
+        if (tmp_path / "previous.ckpt").exists():
+            # what a kill between two files would leave to go on from
+            assert newest_checkpoint(tmp_path)[0].name == "previous.ckpt"
+    assert newest > 1
 
 
 class Bomb:

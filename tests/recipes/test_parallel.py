@@ -1,0 +1,282 @@
+"""Runs of several ranks: the losses of one, checkpoints for any number of them, kills at any moment."""
+
+import csv
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import time
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
+
+STEPS = 16
+# how often a run is killed; 50 and more when it is to be sure
+KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 4))
+at_length = pytest.mark.skipif(
+    "MAMBAZOO_TEST_KILLS" not in os.environ, reason="the longer matrix runs with MAMBAZOO_TEST_KILLS=50"
+)
+DOUBLE = "trainer.precision=64-true"
+context = get_context("forkserver")
+context.set_forkserver_preload(["torch", "lightning", "matplotlib.figure", "mambazoo.recipes.train"])
+
+
+class Run:
+    """A command in as many processes as it has ranks, started as torchrun starts them."""
+
+    def __init__(self, folder: Path, ranks: int, *arguments: str, before: str = "") -> None:
+        folder.mkdir(exist_ok=True)
+        self.output = folder / "output.txt"
+        environment = {"OMP_NUM_THREADS": "1", "MAMBAZOO_CACHE": str(folder.parent / "cache")}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        values = {"folder": str(folder), "arguments": list(arguments), "before": before}
+        self.processes: list[Any] = []
+        for rank in range(ranks):
+            launched = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
+            }  # fmt: skip
+            values["environment"] = {**environment, **(launched if ranks > 1 else {})}
+            values["output"] = str(self.output)
+            process = context.Process(
+                target=runpy.run_path, args=(str(Path(__file__).with_name("rank.py")), dict(values))
+            )
+            process.start()
+            self.processes.append(process)
+
+    def finish(self, *codes: int) -> str:
+        """Wait for the ranks, which must leave with these codes, 0 where there is none; return what they printed."""
+        for process in self.processes:
+            process.join(90)
+        text = self.output.read_text()
+        found = [process.exitcode for process in self.processes]
+        assert found == [*codes, *[0] * (len(found) - len(codes))], text
+        return text
+
+    def wait_for_step(self, run: Path, step: int) -> None:
+        deadline = time.monotonic() + 90
+        path = run / "metrics.csv"
+        while time.monotonic() < deadline and all(process.is_alive() for process in self.processes):
+            if path.exists() and f"\n{step},train/loss" in path.read_text():
+                return
+            time.sleep(0.003)
+        raise AssertionError(self.output.read_text())
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        # the server that forks the ranks imports before it is told where from
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / ".path"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def recipes(folder: Path) -> dict[str, Path]:
+    """Small recipes with everything that could disturb a resumed run; 8 samples a batch over all ranks."""
+    draw = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "omega"]
+    (folder / "texts").mkdir()
+    for i in range(40):
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(draw.choice(words) for _ in range(150)))
+    records = ("".join(draw.choices("ACGT", k=4000)) for _ in range(2))
+    (folder / "genome.fa").write_text("".join(f">chr{i}\n{bases}\n" for i, bases in enumerate(records)))
+    common = {
+        "model": {"backbone": {"d_model": 16, "n_layers": 2}, "optimizer": {"lr": 3e-3, "warmup_steps": 5}},
+        "trainer": {
+            "accelerator": "cpu", "max_steps": STEPS, "accumulate_grad_batches": 2, "val_check_interval": 14,
+            "log_every_n_steps": 1, "limit_val_batches": 2,
+        },
+        "callbacks": {"checkpoints": {"every_n_steps": 4}},
+    }  # fmt: skip
+    data = {
+        "language": {"paths": str(folder / "texts"), "length": 64},
+        # 15 % of the bases are targets, and never as many on one rank as on the other
+        "genomics": {"paths": str(folder / "genome.fa"), "length": 64, "objective": "masked"},
+    }
+    found = {}
+    for name, values in data.items():
+        found[name] = folder / f"{name}.yaml"
+        found[name].write_text(yaml.safe_dump({"extends": f"{name}/demo", "data": values, **common}))
+    return found
+
+
+def options(ranks: int, *more: str) -> list[str]:
+    """What a run of so many ranks needs to see the same batches."""
+    return [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}", *more]
+
+
+def curve(run: Path) -> dict[tuple[int, str], float]:
+    """The log of a run, but for its speed."""
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] != "train/tokens_per_second"]
+    return {(int(row["step"]), row["metric"]): float(row["value"]) for row in rows}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def assert_close(run: Path, other: Path, tolerance: float) -> None:
+    a, b = curve(run), curve(other)
+    assert a.keys() == b.keys()
+    for key in a:
+        # the logger itself keeps some values in single precision
+        limit = tolerance if key[1].startswith("train/") else max(tolerance, 1e-6)
+        assert a[key] == pytest.approx(b[key], rel=limit, abs=limit), key
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert curve(run) == curve(other)
+    a, b = weights(run), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def fit(folder: Path, recipe: Path, ranks: int, *more: str) -> Path:
+    Run(folder, ranks, "fit", str(recipe), *options(ranks, *more)).finish()
+    return folder / "runs" / recipe.stem / "1"
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, recipes: dict[str, Path]) -> Path:
+    """The run of one rank, in double precision."""
+    return fit(folder / "one", recipes["genomics"], 1, DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "groups", "strategy"),
+    [
+        (2, 2, "ddp"),
+        (2, 1, "context"),
+        pytest.param(4, 2, "context-2", marks=at_length),
+        pytest.param(4, 1, "context", marks=at_length),
+    ],
+)
+def test_ranks_lose_what_one_loses(
+    folder: Path, recipes: dict[str, Path], one: Path, ranks: int, groups: int, strategy: str
+) -> None:
+    place = folder / f"{strategy}-of-{ranks}"
+    batch = f"data.batch_size={8 // groups}"
+    run = fit(place, recipes["genomics"], ranks, DOUBLE, f"trainer.strategy={strategy}", batch)
+    assert_close(run, one, 1e-9)
+    a, b = weights(run), weights(one)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-7, atol=1e-9) for name in b)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, recipes: dict[str, Path]) -> dict[tuple[str, int], Path]:
+    """Runs that nothing interrupts, by recipe and ranks, as they are asked for."""
+
+    class Whole(dict[tuple[str, int], Path]):
+        def __missing__(self, key: tuple[str, int]) -> Path:
+            name, ranks = key
+            self[key] = fit(folder / f"whole-{name}-{ranks}", recipes[name], ranks)
+            return self[key]
+
+    return Whole()
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_run_of_any_ranks_goes_on_exactly(
+    folder: Path, recipes: dict[str, Path], whole: dict[tuple[str, int], Path], kill: int
+) -> None:
+    draw = random.Random(kill)
+    ranks, name, place = 1 + kill % 2, "genomics" if kill % 8 < 6 else "language", folder / f"kill-{kill}"
+    workers = f"data.num_workers={draw.choice((0, 2))}"
+    started = Run(place, ranks, "fit", str(recipes[name]), *options(ranks, workers))
+    run = place / "runs" / name / "1"
+    started.wait_for_step(run, draw.randrange(4, STEPS))
+    # anywhere in what follows: the next step, a batch of several, a validation, a checkpoint half written
+    time.sleep(draw.random() * 0.05)
+    # the other is left to wait for it, until a launcher ends it too
+    started.processes[draw.randrange(ranks)].kill()
+    started.kill()
+    (run / "summary.json").unlink(missing_ok=True)
+    Run(place, ranks, "resume", str(run)).finish()
+    assert_same(run, whole[name, ranks])
+
+
+def test_a_deterministic_run_repeats(
+    folder: Path, recipes: dict[str, Path], whole: dict[tuple[str, int], Path]
+) -> None:
+    run = fit(folder / "deterministic", recipes["genomics"], 1, "trainer.deterministic=true")
+    assert_same(run, whole["genomics", 1])
+
+
+def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
+    folder: Path, recipes: dict[str, Path]
+) -> None:
+    common = ["model.backbone.checkpoint_activations=true", "model.backbone.d_mlp=24"]
+    plain = fit(folder / "plain", recipes["genomics"], 1, *common)
+    place = folder / "sharded"
+    arguments = options(2, *common, "trainer.strategy=fsdp2-sharded")
+    started = Run(place, 2, "fit", str(recipes["genomics"]), *arguments)
+    run = place / "runs" / "genomics" / "1"
+    started.wait_for_step(run, 5)
+    os.kill(started.processes[1].pid, signal.SIGTERM)
+    assert f"mambazoo resume {Path('runs/genomics/1')}" in started.finish(143)
+    checkpoints = run / "checkpoints"
+    stopped = read_checkpoint(checkpoints / "last.ckpt")
+    assert 5 <= stopped["global_step"] < STEPS
+    # one folder of parts for each checkpoint, and none that a checkpoint does not name
+    assert len(list((checkpoints / "shards").iterdir())) <= 3
+    for ranks, strategy in ((1, "auto"), (4, "fsdp2")):
+        again = folder / f"again-{ranks}"
+        shutil.copytree(place, again)
+        arguments = options(ranks, f"trainer.strategy={strategy}")
+        Run(again, ranks, "resume", "runs/genomics/1", *arguments).finish()
+        assert_close(again / "runs" / "genomics" / "1", plain, 2e-4)
+    # one that lacks a part is passed over for the one before
+    part = next((checkpoints / "shards").glob(f"{stopped['global_step']}-*/00001.parts"))
+    part.write_bytes(part.read_bytes()[:100])
+    path, problems = newest_checkpoint(checkpoints)
+    assert path.name == "previous.ckpt"
+    assert part.name in problems[0]
+
+
+def test_parts_of_a_sequence_equal_the_whole(folder: Path) -> None:
+    # one rank that starts, one that hands on, one that ends
+    script = Path(__file__).resolve().parents[1] / "zoo" / "parts_ranks.py"
+    Run(folder / "parts", 3, before=script.read_text()).finish()
+
+
+FULL = """
+import errno, os, stat
+fsync, calls = os.fsync, []
+def full(handle):
+    calls.append(handle)
+    if os.environ["RANK"] == "1" and len(calls) > 5 and stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(handle)
+os.fsync = full
+"""
+
+
+def test_one_ranks_full_disk_ends_all_with_a_message(folder: Path, recipes: dict[str, Path]) -> None:
+    place = folder / "full"
+    arguments = options(2, "trainer.strategy=fsdp2-sharded", "callbacks.checkpoints.every_n_steps=1")
+    text = Run(place, 2, "fit", str(recipes["genomics"]), *arguments, before=FULL).finish(1, 1)
+    assert "No space left on device); what was there before is whole" in text
+    assert "Traceback" not in text
+    path, problems = newest_checkpoint(place / "runs" / "genomics" / "1" / "checkpoints")
+    assert path.name == "last.ckpt"
+    assert problems == []
