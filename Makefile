@@ -19,6 +19,14 @@ demo: setup
 	@$(BIN)/mambazoo fit language/demo
 	@echo
 	@$(BIN)/mambazoo generate runs/language/demo --prompt "def " --max-new-tokens 300
+	@echo
+	@$(BIN)/mambazoo fit genomics/demo
+	@$(BIN)/mambazoo baseline genomics/demo
+	@$(BIN)/mambazoo generate runs/genomics/demo --prompt ATGAAACGC --max-new-tokens 120 --temperature 1
+	@echo
+	@$(BIN)/mambazoo fit audio/demo
+	@$(BIN)/mambazoo baseline audio/demo
+	@$(BIN)/mambazoo generate runs/audio/demo --seconds 4 --output runs/audio/demo/heard
 
 test: setup
 	@$(BIN)/python -m pytest
