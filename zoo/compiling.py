@@ -49,7 +49,8 @@ class Compile(L.Callback):
             )
         if isinstance(trainer.strategy, ContextParallel):
             raise ValueError(
-                "callbacks.compile.mode: ranks of context talk within a layer, which cannot be compiled; set it to null"
+                "callbacks.compile.mode: with context, ranks talk inside a layer, which cannot be compiled; "
+                "set it to null"
             )
         self._try(device)
         if not isinstance(trainer.strategy, FullySharded):

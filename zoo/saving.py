@@ -230,14 +230,10 @@ class Checkpoints(Checkpoint):
         """Write the last checkpoint; the one that was last becomes the previous."""
         last = self.folder / LAST
         # not by the trainer, which leaves the other ranks waiting where the disk of the first is full
+        known = trainer.is_global_zero and last.exists()
+        together(lambda: _second_name(last, self.folder / PREVIOUS) if known else None)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-
-        def write() -> None:
-            if trainer.is_global_zero and last.exists():
-                _second_name(last, self.folder / PREVIOUS)
-            trainer.strategy.save_checkpoint(checkpoint, last)
-
-        together(write)
+        together(lambda: trainer.strategy.save_checkpoint(checkpoint, last))
 
 
 def _second_name(file: Path, name: Path) -> None:
