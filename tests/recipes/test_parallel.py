@@ -253,10 +253,11 @@ def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     assert part.name in problems[0]
 
 
-def test_parts_of_a_sequence_equal_the_whole(folder: Path) -> None:
-    # one rank that starts, one that hands on, one that ends
-    script = Path(__file__).resolve().parents[1] / "zoo" / "parts_ranks.py"
-    Run(folder / "parts", 3, before=script.read_text()).finish()
+# one rank that starts, one that hands on, one that ends
+@pytest.mark.parametrize(("script", "ranks"), [("parts_ranks.py", 3), ("guard_ranks.py", 2)])
+def test_what_ranks_assert_together_holds(folder: Path, script: str, ranks: int) -> None:
+    path = Path(__file__).resolve().parents[1] / "zoo" / script
+    Run(folder / script, ranks, before=path.read_text()).finish()
 
 
 FULL = """
