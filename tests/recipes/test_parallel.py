@@ -23,6 +23,7 @@ KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 4))
 at_length = pytest.mark.skipif(
     "MAMBAZOO_TEST_KILLS" not in os.environ, reason="the longer matrix runs with MAMBAZOO_TEST_KILLS=50"
 )
+OF_THE_MACHINE = ("train/tokens_per_second", "train/data_wait", "train/memory_gib")
 DOUBLE = "trainer.precision=64-true"
 context = get_context("forkserver")
 context.set_forkserver_preload(["torch", "lightning", "matplotlib.figure", "mambazoo.recipes.train"])
@@ -125,9 +126,9 @@ def options(ranks: int, *more: str) -> list[str]:
 
 
 def curve(run: Path) -> dict[tuple[int, str], float]:
-    """The log of a run, but for its speed."""
+    """The log of a run, but for what it took of the machine."""
     with (run / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] != "train/tokens_per_second"]
+        rows = [row for row in csv.DictReader(file) if row["metric"] not in OF_THE_MACHINE]
     return {(int(row["step"]), row["metric"]): float(row["value"]) for row in rows}
 
 
