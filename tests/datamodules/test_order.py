@@ -3,6 +3,8 @@
 from itertools import pairwise
 
 import pytest
+import torch
+from mambazoo.datamodules.base import DataModule
 from mambazoo.datamodules.order import EndlessBatches, GrowingBatches, OrderedBatches, permute
 
 
@@ -70,3 +72,25 @@ def test_growing_batches_go_on_from_any_position_on_any_ranks() -> None:
     assert grow(8, 4, 0, 1, 3) == whole[2:]
     ranks = [grow(8, 2, rank, 2, 3) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole[2:]]
+
+
+class Few:
+    """Seven samples."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def read(self, index: int, pass_: int) -> dict[str, torch.Tensor]:
+        return {"inputs": torch.full((3,), index), "targets": torch.full((3,), index)}
+
+
+def test_ranks_read_as_many_held_out_batches_and_each_sample_counts_once() -> None:
+    counted = []
+    for rank in range(3):
+        module = DataModule(batch_size=2)
+        module.samples = {"val": Few()}
+        module._world = lambda rank=rank: (3, rank)  # type: ignore[method-assign]
+        batches = list(module.val_dataloader())
+        assert len(batches) == 2
+        counted += [int(row[0]) for batch in batches for row in batch["targets"] if (row != -100).any()]
+    assert sorted(counted) == list(range(7))

@@ -23,6 +23,7 @@ KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 4))
 at_length = pytest.mark.skipif(
     "MAMBAZOO_TEST_KILLS" not in os.environ, reason="the longer matrix runs with MAMBAZOO_TEST_KILLS=50"
 )
+OF_THE_MACHINE = ("train/tokens_per_second", "train/data_wait", "train/memory_gib")
 DOUBLE = "trainer.precision=64-true"
 context = get_context("forkserver")
 context.set_forkserver_preload(["torch", "lightning", "matplotlib.figure", "mambazoo.recipes.train"])
@@ -125,9 +126,9 @@ def options(ranks: int, *more: str) -> list[str]:
 
 
 def curve(run: Path) -> dict[tuple[int, str], float]:
-    """The log of a run, but for its speed."""
+    """The log of a run, but for what it took of the machine."""
     with (run / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] != "train/tokens_per_second"]
+        rows = [row for row in csv.DictReader(file) if row["metric"] not in OF_THE_MACHINE]
     return {(int(row["step"]), row["metric"]): float(row["value"]) for row in rows}
 
 
@@ -253,10 +254,11 @@ def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     assert part.name in problems[0]
 
 
-def test_parts_of_a_sequence_equal_the_whole(folder: Path) -> None:
-    # one rank that starts, one that hands on, one that ends
-    script = Path(__file__).resolve().parents[1] / "zoo" / "parts_ranks.py"
-    Run(folder / "parts", 3, before=script.read_text()).finish()
+# one rank that starts, one that hands on, one that ends
+@pytest.mark.parametrize(("script", "ranks"), [("parts_ranks.py", 3), ("guard_ranks.py", 2)])
+def test_what_ranks_assert_together_holds(folder: Path, script: str, ranks: int) -> None:
+    path = Path(__file__).resolve().parents[1] / "zoo" / script
+    Run(folder / script, ranks, before=path.read_text()).finish()
 
 
 FULL = """
