@@ -40,9 +40,9 @@ class Attention(Mixer):
     def __init__(self, d_model: int, config: AttentionConfig) -> None:
         super().__init__()
         self.window, self.d_head = config.window, min(config.d_head, d_model)
-        if d_model % self.d_head:
+        if d_model % self.d_head or self.d_head % 2:
             raise ValueError(
-                f"attention.d_head: must divide the width of {d_model}, which {self.d_head} does not"
+                f"attention.d_head: must be even and divide the width of {d_model}, not {self.d_head}"
             )
         self.heads = d_model // self.d_head
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)

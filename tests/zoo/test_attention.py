@@ -41,6 +41,14 @@ def test_it_is_attention_gradients_too(window: int, d_head: int) -> None:
 
 
 @torch.no_grad()
+def test_a_long_part_is_read_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attention, "PART", 4)
+    mixer, x = Attention(16, AttentionConfig(d_head=8, window=20)).double(), torch.randn(2, 31, 16).double()
+    y, _ = mixer(x, state=mixer.init_state(2))
+    torch.testing.assert_close(y, written_out(mixer, x), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_only_distances_count_even_far_away() -> None:
     mixer = Attention(16, AttentionConfig(d_head=8, window=8)).double()
     x = torch.randn(1, 20, 16, dtype=torch.float64)
@@ -115,7 +123,13 @@ def test_the_transformer_of_the_papers_size() -> None:
 
 
 def test_widths_that_heads_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"attention.d_head: must divide the width of 96, which 64 does not"):
+    with pytest.raises(
+        ValueError, match=r"attention.d_head: must be even and divide the width of 96, not 64"
+    ):
         Backbone(BackboneConfig(d_model=96, n_layers=1, pattern="attention"))
     with pytest.raises(ValueError, match=r"attention.d_head: must be even"):
         AttentionConfig(d_head=5)
+    with pytest.raises(
+        ValueError, match=r"attention.d_head: must be even and divide the width of 17, not 17"
+    ):
+        Backbone(BackboneConfig(d_model=17, n_layers=1, pattern="attention"))

@@ -20,6 +20,7 @@ KINDS: list[dict[str, Any]] = [
     {"bidirectional": "tied"},
     {"bidirectional": "untied", "d_mlp": 24},
     {"bidirectional": "tied", "mamba": {"a_init": "s4d-lin"}},
+    {"bidirectional": "tied", "pattern": "mamba + attention + lstm", "attention": {"d_head": 8}},
 ]
 
 

@@ -18,6 +18,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"pool": [3], "d_mlp": 12, "n_layers": 2},
     {"pool": [2, 3], "pattern": "mamba", "stages": [LTI, {"mamba": {"a_init": "s4d-lin"}}]},
     {"pool": [2, 2, 2], "pattern": "s4d + mamba", "n_layers": 2, "widen": 1},
+    {"pool": [3], "pattern": "attention + lstm", "n_layers": 2, "attention": {"d_head": 4, "window": 5}},
 ]
 LENGTHS = (1, 3, 4, 15, 16, 17, 47)
 
