@@ -346,9 +346,9 @@ def test_mamba_is_timed_beside_attention(monkeypatch: pytest.MonkeyPatch) -> Non
     by_shape = {(row["name"], row["shape"]): row["value"] for row in rows}
     for row in rows:
         if row["name"] == "other":
-            assert row["times"] == pytest.approx(
-                by_shape["mamba-130m", row["shape"]] / row["value"], rel=0.02
-            )
+            # the ratio is written with two decimals
+            ratio = by_shape["mamba-130m", row["shape"]] / row["value"]
+            assert row["times"] == pytest.approx(ratio, abs=0.0051)
     table = bench._table(rows)
     assert table.count("the scan is") == 4
     assert table.count("mamba-130m is") == 2
