@@ -142,14 +142,20 @@ def test_plain_copying_is_learnt_by_a_model_that_does_not_select() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_induction_heads_are_learnt_and_go_on_at_lengths_never_seen() -> None:
-    data = InductionHeadsDataModule(
-        length=16, test_lengths=[8, 16, 64], vocab_size=8, batch_size=16, held_out_rows=256
-    )
+def test_induction_heads_are_learnt_for_all_lengths_but_not_by_a_model_that_does_not_select() -> None:
     backbone = {"d_model": 32, "n_layers": 1, "mamba": {"d_state": 8}}
-    found = learn(data, backbone, 160, 1e-2, schedule="cosine", min_lr=1e-3)
+    found, control = (
+        learn(
+            InductionHeadsDataModule(
+                length=16, test_lengths=[8, 16, 64], vocab_size=8, batch_size=16, held_out_rows=256
+            ),
+            one, 160, 1e-2, schedule="cosine", min_lr=1e-3,
+        )
+        for one in (backbone, {**backbone, "pattern": "s4d"})
+    )  # fmt: skip
     assert found["test/accuracy_16"] > 0.97
     assert found["test/accuracy_64"] > 0.9
+    assert control["test/accuracy_16"] < 0.6
 
 
 @pytest.mark.filterwarnings("ignore")
