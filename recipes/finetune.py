@@ -95,10 +95,10 @@ class Start:
         kept, kept_there = launch.datamodule.vocabulary, self.stored.vocabulary
         if size is None or size_there is None:
             return None
-        if kept is None or kept_there is None:
-            # without names a token is its number
+        if any(words is None or words["kind"] == "waveform" for words in (kept, kept_there)):
+            # without a name, as codes of sound are, a token is its number
             return None if size == size_there else [(i, i) for i in range(min(size, size_there))]
-        here, there = vocabulary_from_dict(kept).names(), vocabulary_from_dict(kept_there).names()
+        here, there = (vocabulary_from_dict(words).names() for words in (kept, kept_there) if words)
         if here == there and padded(size) == padded(size_there):
             return None
         places = {name: i for i, name in enumerate(there[:size_there]) if name}
