@@ -86,6 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # the server that forks the ranks imports before it is told where from
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / ".path"))
         patch.setenv("OMP_NUM_THREADS", "1")
+        # what a test before this one ran in this process
+        patch.delenv("MAMBAZOO_RUN", raising=False)
         forkserver.ensure_running()
     return tmp_path_factory.mktemp("parallel")
 
