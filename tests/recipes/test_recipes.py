@@ -349,6 +349,6 @@ def test_mamba_is_timed_beside_attention(monkeypatch: pytest.MonkeyPatch) -> Non
             # the ratio is written with two decimals
             ratio = by_shape["mamba-130m", row["shape"]] / row["value"]
             assert row["times"] == pytest.approx(ratio, abs=0.0051)
-    table = bench._table(rows)
+    table = bench.table(rows)
     assert table.count("the scan is") == 4
     assert table.count("mamba-130m is") == 2
