@@ -26,7 +26,7 @@ demo: setup
 	@echo
 	@$(BIN)/mambazoo fit audio/demo
 	@$(BIN)/mambazoo baseline audio/demo
-	@$(BIN)/mambazoo generate runs/audio/demo --seconds 4 --output runs/audio/demo/heard
+	@$(BIN)/mambazoo generate runs/audio/demo --seconds 3 --output runs/audio/demo/heard
 
 test: setup
 	@$(BIN)/python -m pytest
