@@ -345,6 +345,8 @@ def scan_bwd(
         dz_ptr=du if dz is None else dz, sums_ptr=sums, dC_ptr=parts,
     )  # fmt: skip
     dC = scan.unmatrix(parts, C)
+    # room for the next ones
+    del parts
     parts = scan.partial_sums(B, backward_sweep_kernel, kept)
     scan.launch(
         backward_sweep_kernel, grads_ptr=grads, flows_ptr=flows,

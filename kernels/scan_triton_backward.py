@@ -33,19 +33,38 @@ from .triton_math import LN2, sigmoid, silu, softplus
 
 
 @triton.jit
+def _pick_states(A2, states, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr):
+    """The matrix (WARPS, 16, 64) that _store_sums multiplies by, one row a state; 0 where no product is taken.
+
+    Both lie in registers as the operands of a product do: the bits of a channel are (warp, 3 high and 2 low bits of the
+    lane, its 2 channels), so that a row of it is (channel of the lane, high bits), a column (state, low bits).
+    """
+    if MMA:
+        channels = tl.arange(0, A2.shape[0])
+        rows = ((channels >> 3) & 7) + (channels & 1) * 8
+        # the second term, which is false, has it made where A2 is: in the lanes that multiply by it
+        pick = (rows[:, None] == states[None, :]) | (A2 != A2)
+        pick = tl.reshape(pick.to(OPERAND), (WARPS, 8, 4, 2, 2, 2, 2, 2))
+        return tl.reshape(tl.permute(pick, (0, 3, 1, 4, 5, 6, 2, 7)), (WARPS, 16, 64))
+    else:  # noqa: RET505
+        return 0.0
+
+
+@triton.jit
 def _store_sums(
-    ptr, value, states, n, stride, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr
+    ptr, value, pick, states, n, stride,
+    WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Store the sum over each warp's channels (N,) of a tile (BLOCK_D, N), stride apart; by the matrix units if MMA."""
     if MMA:
-        own: tl.constexpr = value.shape[0] // WARPS
-        # a warp multiplies what it holds: nothing crosses from one to another
-        values = tl.reshape(value.to(OPERAND), (WARPS, own, value.shape[1]))
-        sums = tl.dot(tl.full((WARPS, 16, own), 1.0, tl.float32).to(OPERAND), values, input_precision="ieee")
-        warps, rows = tl.arange(0, WARPS)[:, None, None], tl.arange(0, 16)[None, :, None]
-        # all rows are the same
-        where = ptr + warps * stride + rows * 0 + states[None, None, :]
-        tl.store(where, sums, mask=(rows == 0) & (states < n)[None, None, :])
+        # columns are (channel of the lane, high bits of the lane): nothing moves from one lane to another
+        x = tl.reshape(value.to(OPERAND), (WARPS, 8, 4, 2, 2, 2, 2, 2))
+        x = tl.reshape(tl.permute(x, (0, 4, 5, 6, 2, 7, 3, 1)), (WARPS, 64, 16))
+        sums = tl.sum(tl.dot(pick, x, input_precision="ieee"), 2)
+        # twice, so that a warp's lanes hold a row of their own and store half of it
+        sums = tl.reshape(tl.broadcast_to(sums[:, None, :], (WARPS, 2, 16)), (WARPS, 32))
+        lanes = tl.arange(0, 32)[None, :]
+        tl.store(ptr + tl.arange(0, WARPS)[:, None] * stride + lanes % 16, sums, mask=lanes < n)
     elif EVEN:
         tl.store(ptr + states, tl.sum(value, 0))
     else:
@@ -177,6 +196,7 @@ def forward_sweep_kernel(
     left = h
     by_A = tl.zeros((BLOCK_D, N), tl.float32)
     dA = tl.zeros((BLOCK_D, N), tl.float32)
+    pick = _pick_states(A2, states, WARPS, MMA, OPERAND)
     dC_tile = 0.0 if C_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     dD = tl.zeros((BLOCK_D,), tl.float32)
     if steps > 0:
@@ -202,18 +222,16 @@ def forward_sweep_kernel(
             C_now = C_row[None, :] if C_ROWS else C_tile
             decay, gain = hold(dt, A2, ZOH)
             left = decay * h
-            into = grad[:, None] * C_now
-            term = tl.sum(A2 * (into * left), 1) * LN2
-            by_A = decay * by_A + dt[:, None] * left
-            if ZOH:
-                by_A += gain_by_A(dt, A2, decay) * B_now * wide[:, None]
             h = left + (wide[:, None] * gain) * B_now
-            dA += into * by_A
-            _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
+            if HAS_Z:
+                out = tl.sum(C_now * h, 1)
+                out = (out + skip * wide if HAS_D else out) * slope
+                store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
             if C_ROWS:
                 _store_sums(
                     dC + at * (ON * MATRIX_TIME),
                     grad[:, None] * h,
+                    pick,
                     states,
                     n,
                     stride,
@@ -224,10 +242,13 @@ def forward_sweep_kernel(
                 )
             else:
                 dC_tile += grad[:, None] * h
-            if HAS_Z:
-                out = tl.sum(C_now * h, 1)
-                out = (out + skip * wide if HAS_D else out) * slope
-                store_row(dz + at * (ON * Y_TIME), out, exists, EVEN)
+            term = tl.sum(A2 * C_now * left, 1) * (grad * LN2)
+            _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
+            into = grad[:, None] * C_now
+            by_A = decay * by_A + dt[:, None] * left
+            if ZOH:
+                by_A += gain_by_A(dt, A2, decay) * B_now * wide[:, None]
+            dA += into * by_A
             dD += grad * wide
             u_row, delta_row, z_row, dy_row, B_row, C_row = (
                 next_u,
@@ -303,6 +324,7 @@ def backward_sweep_kernel(
     tile = i.to(tl.int64) * n * d
     G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
     flow = load_row(flows_ptr + i.to(tl.int64) * d + channels, exists, EVEN)
+    pick = _pick_states(A2, states, WARPS, MMA, OPERAND)
     dB_tile = 0.0 if B_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     d_bias = tl.zeros((BLOCK_D,), tl.float32)
     if steps > 0:
@@ -345,7 +367,7 @@ def backward_sweep_kernel(
                 store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
             if B_ROWS:
                 _store_sums(
-                    dB + at * (ON * MATRIX_TIME), summed, states, n, stride, WARPS, MMA, OPERAND, EVEN
+                    dB + at * (ON * MATRIX_TIME), summed, pick, states, n, stride, WARPS, MMA, OPERAND, EVEN
                 )
             else:
                 dB_tile += summed
