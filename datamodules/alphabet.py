@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 LETTERS = "ACGTNRYSWKMBDHV"
 _OPPOSITE = "TGCANYRSWMKVHDB"
 BASES = 4
+N = LETTERS.index("N")
 EOS, MASK, PAD = 15, 16, 17
 SIZE = 18
 IGNORE = -100

@@ -20,6 +20,7 @@ from .alphabet import (
     PAD,
     SIZE,
     SOFT_BIT,
+    N,
     Nucleotides,
     reverse_complement,
     targets_of,
@@ -28,8 +29,9 @@ from .alphabet import (
 from .base import DataModule, Ordered
 from .baselines import markov_bits
 from .genome import Genome, find_genomes
+from .intervals import Interval
 from .order import EndlessBatches, GrowingBatches, mix
-from .splits import Selection, split_genomes
+from .splits import Selection, select, split_genomes
 from .windows import HeldOutWindows, RandomWindows, Stretches, Windows
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class GenomeDataModule(DataModule):
         train: what to train on: names of records, or .bed files. Without it, all that is not held out.
         valid, test: what to hold out: a fraction of each record (its end), names of records, or .bed files. A record
             of that name is held out in every genome that has one.
+        hide: what training reads as N: .bed files, or names of records. So the intervals of a benchmark stay
+            unseen, and windows reach across them.
         weights: what part of the windows comes from each of `paths`; without them, each gives as many as it has.
         objective: "next" predicts each base from those before it, and a window starts with the token eos; "masked"
             predicts 15 % of the bases from all others; "genome" labels a window with the index of its path.
@@ -78,6 +82,7 @@ class GenomeDataModule(DataModule):
         train: str | list[str] | None = None,
         valid: Selection = 0.05,
         test: Selection | None = None,
+        hide: str | list[str] | None = None,
         weights: list[float] | None = None,
         objective: Literal["next", "masked", "genome"] = "next",
         length: int = 1024,
@@ -92,7 +97,8 @@ class GenomeDataModule(DataModule):
         paths = [paths] if isinstance(paths, str) else paths
         self.length_warmup = length_warmup or []
         _check(paths, valid, test, weights, objective, length, self.length_warmup, soft_mask_weight)
-        self.train, self.valid, self.test, self.weights = train, valid, test, weights
+        self.train, self.valid, self.test, self.hide = train, valid, test, hide
+        self.weights = weights
         self.objective, self.length = objective, length
         self.reverse_complement, self.soft_mask_weight = reverse_complement, soft_mask_weight
         self.files = find_genomes(paths)
@@ -118,13 +124,10 @@ class GenomeDataModule(DataModule):
             return
         self.genomes = [files.open() for files in self.files]
         splits = split_genomes(self.genomes, self.train, self.valid, self.test)
-        self.parts = {
-            split: [
-                Stretches(genome.sequence, [genome.place(interval) for interval in part])
-                for genome, part in zip(self.genomes, parts, strict=True)
-            ]
-            for split, parts in splits.items()
-        }
+        self.parts = {split: self._places(parts) for split, parts in splits.items()}
+        self.hidden = (
+            None if self.hide is None else self._places(select(self.genomes, self.hide, "data.hide"))
+        )
         for split, parts in self.parts.items():
             sizes = np.concatenate([part.sizes for part in parts])
             log.info(
@@ -157,6 +160,13 @@ class GenomeDataModule(DataModule):
             },
         }
 
+    def _places(self, parts: list[list[Interval]]) -> list[Stretches]:
+        """Where intervals of each genome lie."""
+        return [
+            Stretches(genome.sequence, [genome.place(interval) for interval in part])
+            for genome, part in zip(self.genomes, parts, strict=True)
+        ]
+
     def baselines(self) -> Iterator[tuple[str, float]]:
         if self.objective == "genome":
             return
@@ -182,7 +192,7 @@ class GenomeDataModule(DataModule):
 
     def _windows(self, length: int) -> "GenomeWindows":
         windows = RandomWindows(self.parts["train"], length, self.weights, self.seed)
-        return GenomeWindows(windows, flip=self.reverse_complement)
+        return GenomeWindows(windows, flip=self.reverse_complement, hidden=self.hidden)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [row["sequence"] for row in rows]
@@ -212,10 +222,13 @@ class GenomeWindows:
 
     Args:
         flip: read every other window, by lot, on the opposite strand.
+        hidden: stretches of each genome, none of which overlap, that are read as N.
     """
 
-    def __init__(self, windows: Windows, *, flip: bool = False) -> None:
-        self.windows, self.flip = windows, flip
+    def __init__(
+        self, windows: Windows, *, flip: bool = False, hidden: list[Stretches] | None = None
+    ) -> None:
+        self.windows, self.flip, self.hidden = windows, flip, hidden
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -224,9 +237,20 @@ class GenomeWindows:
         """The stored bytes of a window (up to length,), its genome, and a number that no other window draws."""
         window = self.windows.place(index, pass_)
         sequence = self.windows.parts[window.part].sequence.array[window.start : window.end]
+        if self.hidden is not None:
+            sequence = self._hide(sequence, window.start, self.hidden[window.part])
         if self.flip and mix(window.draw, 1) & 1:
             sequence = reverse_complement(sequence)
         return {"sequence": np.asarray(sequence), "genome": window.part, "draw": mix(window.draw, 2)}
+
+    def _hide(self, sequence: NDArray[np.uint8], start: int, hidden: Stretches) -> NDArray[np.uint8]:
+        low = int(np.searchsorted(hidden.ends, start, side="right"))
+        high = int(np.searchsorted(hidden.starts, start + len(sequence)))
+        if low < high:
+            sequence = sequence.copy()
+        for i in range(low, high):
+            sequence[max(0, int(hidden.starts[i]) - start) : int(hidden.ends[i]) - start] = N
+        return sequence
 
 
 class _Stages(Dataset[Any]):

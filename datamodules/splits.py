@@ -31,7 +31,7 @@ def split_genomes(
     """
     chosen = {"train": train, "val": valid, "test": test}
     named = {
-        split: _select(genomes, [given] if isinstance(given, str) else given, _KEYS[split])
+        split: select(genomes, given, _KEYS[split])
         for split, given in chosen.items()
         if isinstance(given, str | list)
     }
@@ -63,9 +63,14 @@ def split_genomes(
 _KEYS = {"train": "data.train", "val": "data.valid", "test": "data.test"}
 
 
-def _select(genomes: list[Genome], given: list[str], key: str) -> Parts:
+def select(genomes: list[Genome], given: str | list[str], key: str) -> Parts:
+    """The intervals of each genome that names of records or BED files, which `key` gave, stand for.
+
+    Raises:
+        ValueError: for a record that there is not, and a BED file as read_bed and locate say.
+    """
     parts: Parts = [[] for _ in genomes]
-    for item in given:
+    for item in [given] if isinstance(given, str) else given:
         if item.endswith(BED):
             path = Path(item).expanduser()
             if not path.is_file():

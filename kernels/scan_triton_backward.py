@@ -324,6 +324,7 @@ def backward_sweep_kernel(
     tile = i.to(tl.int64) * n * d
     G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
     flow = load_row(flows_ptr + i.to(tl.int64) * d + channels, exists, EVEN)
+    slowest = tl.max(A2 if EVEN else tl.where(states[None, :] < n, A2, float("-inf")), 1)
     pick = _pick_states(A2, states, WARPS, MMA, OPERAND)
     dB_tile = 0.0 if B_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     d_bias = tl.zeros((BLOCK_D,), tl.float32)
@@ -350,6 +351,8 @@ def backward_sweep_kernel(
             wide = u_row.to(tl.float32)
             raw_now = delta_row.to(tl.float32) + bias
             dt = softplus(raw_now) if SOFTPLUS else raw_now
+            # nothing flows through states that are gone within a step, and no rounding error of before
+            kept = dt * slowest >= -24.0
             grad, _ = _split_gate(dy_row, z_row, HAS_Z)
             B_now = B_row[None, :] if B_ROWS else B_tile
             C_now = C_row[None, :] if C_ROWS else C_tile
@@ -358,6 +361,7 @@ def backward_sweep_kernel(
             )
             # what follows the last step is in the flow that it begins with
             flow += _join(high, low, SPLIT) - tl.where(at > 0, through, 0.0)
+            flow = tl.where(kept, flow, 0.0)
             d_raw = flow + by_gain
             if SOFTPLUS:
                 d_raw *= sigmoid(raw_now)

@@ -284,3 +284,21 @@ def test_a_real_genome_is_served(data: Path) -> None:
     batch = take(served, 1)[0]
     assert batch["inputs"].shape == (1, 1 << 20)
     assert (batch["targets"] >= 0).float().mean() > 0.99
+
+
+def test_training_reads_hidden_intervals_as_n(fasta: Path, tmp_path: Path) -> None:
+    bed, whole = tmp_path / "hide.bed", sequences_of(fasta)
+    bed.write_text("one\t500\t650\none\t640\t700\ntwo\t0\t30\ntwo\t1990\t2000\n")
+    hidden = {"one": range(500, 700), "two": [*range(30), *range(1990, 2000)], "tiny": []}
+    seen = {
+        name: "".join("N" if i in hidden[name] else base for i, base in enumerate(sequence))
+        for name, sequence in whole.items()
+    }
+    data = module(fasta, hide=str(bed), reverse_complement=False)
+    found = windows(data, "train")
+    assert all(any(window in sequence for sequence in seen.values()) for window in found)
+    assert any("N" * 90 in window for window in found)
+    # what is held out is all there
+    assert all(any(window in sequence for sequence in whole.values()) for window in windows(data, "val"))
+    with pytest.raises(ValueError, match=r"data\.hide: there is no record 'three'"):
+        module(fasta, hide="three")
