@@ -177,8 +177,8 @@ class _Scan:
         return x.expand(-1, -1, self.groups, -1).contiguous()
 
     def channels(self, kernel: Any) -> int:
-        # more states than fit a lane's registers are spread over warps instead
-        return _TILES[kernel.__name__].channels * self.warps if self.N <= 16 else 32
+        # of more states than fit the registers of a lane, fewer channels
+        return _TILES[kernel.__name__].channels * self.warps if self.N <= 16 else 1024 // self.N
 
     def blocks(self, kernel: Any) -> int:
         """Blocks of channels in a group."""
@@ -190,7 +190,7 @@ class _Scan:
         cut = {
             "blocks": blocks,
             "BLOCK_D": channels,
-            "VECTOR": channels // (32 * self.warps),
+            "VECTOR": max(1, channels // (32 * self.warps)),
             "U": tile.steps,
             "EVEN": self.size % channels == 0 and self.n == self.N,
         }
@@ -198,7 +198,7 @@ class _Scan:
         kernel[(self.plan.chunks * self.groups * blocks,)](
             **given,
             **own,
-            num_warps=max(self.warps, self.N // 32),
+            num_warps=self.warps,
             # the exact hold and tiles of constant matrices need all there are
             maxnreg=tile.registers if self.plain else 255,
         )
