@@ -5,6 +5,8 @@
 Sequences that do not occur letter for letter, such as those of other chromosomes, are counted and left out.
 """
 
+# mypy: allow-untyped-calls
+
 import csv
 import gzip
 import sys

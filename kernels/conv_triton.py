@@ -37,12 +37,14 @@ _CHANNELS_BWD, _AHEAD_BWD = 4, 4
 
 
 @triton.jit
-def _place(l, d, stretch, stretches, first_ptr, b, rows, BLOCK_D: tl.constexpr):
+def _place(l, stretch, stretches, first_ptr, b, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program's part (row of partial sums), sequences [low, high), steps [begin, stop) and channels."""
     i = tl.program_id(0)
-    blocks = tl.cdiv(d, BLOCK_D)
+    blocks: tl.constexpr = tl.cdiv(D, BLOCK_D)
     part = i // blocks
     channels = (i % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # where all of them exist, no load need ask
+    exists = (channels < D) | (D % BLOCK_D == 0)
     begin = (part % stretches) * stretch
     if first_ptr is not None:
         # the sequences that start here, and the one before them, which may reach into this stretch
@@ -54,7 +56,7 @@ def _place(l, d, stretch, stretches, first_ptr, b, rows, BLOCK_D: tl.constexpr):
         # one row is known at compile time, and then there is no loop over rows
         if rows > 1:
             high = tl.minimum(high, b)
-    return part, low, high, begin, tl.minimum(begin + stretch, l), channels, channels < d
+    return part, low, high, begin, tl.minimum(begin + stretch, l), channels, exists
 
 
 @triton.jit
@@ -84,26 +86,34 @@ def _taps(weight_ptr, bias_ptr, channels, exists, K: tl.constexpr):
 
 
 @triton.jit
-def _before(x_ptr, past_ptr, t, start, sequence, stride, d, exists, K: tl.constexpr):
+def _before(
+    x_ptr, past_ptr, t, start, sequence, exists, TIME: tl.constexpr, D: tl.constexpr, K: tl.constexpr
+):
     """The K - 1 inputs before step t of a sequence, the oldest first, reaching into its initial state."""
     window = ()
     for i in tl.static_range(K - 1):
         at = t - (K - 1) + i
-        x = tl.load(x_ptr + at * stride, mask=exists & (at >= start), other=0.0)
+        x = tl.load(x_ptr + tl.cast(at, tl.int64) * TIME, mask=exists & (at >= start), other=0.0)
         if past_ptr is not None:
             row = sequence * (K - 1) + (at - start + K - 1)
-            past = tl.load(past_ptr + row * d, mask=exists & (at < start), other=0.0)
+            past = tl.load(past_ptr + tl.cast(row, tl.int64) * D, mask=exists & (at < start), other=0.0)
             x = tl.where(at < start, past.to(x.dtype), x)
         window = window + (x,)
     return window
 
 
 @triton.jit
-def _ahead(ptr, t, stop, stride, exists, AHEAD: tl.constexpr):
+def _row(ptr, t, stop, exists, TIME: tl.constexpr, I: tl.constexpr):
+    """The row of step t + I, zero from `stop` on."""
+    return tl.load(ptr + (tl.cast(t, tl.int64) * TIME + I * TIME), mask=exists & (t + I < stop), other=0.0)
+
+
+@triton.jit
+def _ahead(ptr, t, stop, exists, TIME: tl.constexpr, AHEAD: tl.constexpr):
     """The rows of the next steps, zero from `stop` on."""
     rows = ()
     for i in tl.static_range(AHEAD):
-        rows = rows + (tl.load(ptr + (t + i) * stride, mask=exists & (t + i < stop), other=0.0),)
+        rows = rows + (_row(ptr, t, stop, exists, TIME, i),)
     return rows
 
 
@@ -123,53 +133,56 @@ def _weigh(window, taps, bias, K: tl.constexpr):
 @triton.jit(do_not_specialize=["l", "stretch", "stretches"])
 def _conv_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, past_ptr, bounds_ptr, first_ptr, y_ptr, final_ptr,
-    l, d, stretch, stretches, stride_b, stride_l,
-    K: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr,
+    l, stretch, stretches, x_batch,
+    X_TIME: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
-    _, low, high, begin, stop, channels, exists = _place(l, d, stretch, stretches, first_ptr, 1, 1, BLOCK_D)
+    _, low, high, begin, stop, channels, exists = _place(l, stretch, stretches, first_ptr, 1, 1, D, BLOCK_D)
     taps, bias = _taps(weight_ptr, bias_ptr, channels, exists, K)
     # offsets may pass 2^31
-    stride_b, stride_l = tl.cast(stride_b, tl.int64), tl.cast(stride_l, tl.int64)
-    stride_y = tl.cast(d, tl.int64)
+    x_batch = tl.cast(x_batch, tl.int64)
+    y_batch = tl.cast(l, tl.int64) * D
     if past_ptr is not None:
         past_ptr += channels
     for sequence in range(low, high):
         row, start, end, first, last = _steps(sequence, begin, stop, l, bounds_ptr)
-        x, y = x_ptr + row * stride_b + channels, y_ptr + row * (l * stride_y) + channels
-        window = _before(x, past_ptr, first, start, sequence, stride_l, stride_y, exists, K)
-        ahead = _ahead(x, first, last, stride_l, exists, AHEAD)
+        x, y = x_ptr + row * x_batch + channels, y_ptr + row * y_batch + channels
+        window = _before(x, past_ptr, first, start, sequence, exists, X_TIME, D, K)
+        ahead = _ahead(x, first, last, exists, X_TIME, AHEAD)
         for t in range(first, last, AHEAD):
+            here = y + tl.cast(t, tl.int64) * D
             for i in tl.static_range(AHEAD):
                 window = window + (ahead[0],)
-                ahead = ahead[1:] + _ahead(x, t + i + AHEAD, last, stride_l, exists, 1)
+                ahead = ahead[1:] + (_row(x, t, last, exists, X_TIME, AHEAD + i),)
                 out = _weigh(window, taps, bias, K)
                 if SILU:
                     out *= sigmoid(out)
-                _store(y + (t + i) * stride_y, out, exists & (t + i < last))
+                _store(here + i * D, out, exists & (t + i < last))
                 window = window[1:]
         if final_ptr is not None:
             # a sequence that ended where this stretch begins was the one before's
             if (last == end) & ((first < last) | (first == start)):
-                window = _before(x, past_ptr, last, start, sequence, stride_l, stride_y, exists, K)
+                window = _before(x, past_ptr, last, start, sequence, exists, X_TIME, D, K)
                 for i in tl.static_range(K - 1):
-                    _store(final_ptr + (sequence * (K - 1) + i) * stride_y + channels, window[i], exists)
+                    at = tl.cast(sequence * (K - 1) + i, tl.int64)
+                    _store(final_ptr + at * D + channels, window[i], exists)
 
 
 @triton.jit(do_not_specialize=["l", "stretch", "stretches", "b"])
 def _conv_bwd_kernel(
     dy_ptr, d_final_ptr, x_ptr, weight_ptr, bias_ptr, past_ptr, bounds_ptr, first_ptr,
     dx_ptr, d_past_ptr, partial_ptr,
-    l, d, stretch, stretches, b, rows, stride_b, stride_l, stride_dyb, stride_dyl,
-    K: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr,
+    l, stretch, stretches, b, rows, x_batch, dy_batch,
+    X_TIME: tl.constexpr, DY_TIME: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     part, low, high, begin, stop, channels, exists = _place(
-        l, d, stretch, stretches, first_ptr, b, rows, BLOCK_D
+        l, stretch, stretches, first_ptr, b, rows, D, BLOCK_D
     )
     taps, bias = _taps(weight_ptr, bias_ptr, channels, exists, K)
     # offsets may pass 2^31
-    stride_b, stride_l = tl.cast(stride_b, tl.int64), tl.cast(stride_l, tl.int64)
-    stride_dyb, stride_dyl = tl.cast(stride_dyb, tl.int64), tl.cast(stride_dyl, tl.int64)
-    stride_dx = tl.cast(d, tl.int64)
+    x_batch, dy_batch = tl.cast(x_batch, tl.int64), tl.cast(dy_batch, tl.int64)
+    dx_batch = tl.cast(l, tl.int64) * D
     if past_ptr is not None:
         past_ptr += channels
         d_past_ptr += channels
@@ -181,18 +194,19 @@ def _conv_bwd_kernel(
         row, start, end, first, last = _steps(sequence, begin, stop, l, bounds_ptr)
         # the steps that the last inputs of this stretch act on
         reach = tl.minimum(last + K - 1, end)
-        x, dy = x_ptr + row * stride_b + channels, dy_ptr + row * stride_dyb + channels
-        dx = dx_ptr + row * (l * stride_dx) + channels
-        window = _before(x, past_ptr, first, start, sequence, stride_l, stride_dx, exists, K)
+        x, dy = x_ptr + row * x_batch + channels, dy_ptr + row * dy_batch + channels
+        dx = dx_ptr + row * dx_batch + channels
+        window = _before(x, past_ptr, first, start, sequence, exists, X_TIME, D, K)
         grads = (zero,) * (K - 1)
-        ahead = _ahead(x, first, reach, stride_l, exists, AHEAD)
-        dy_ahead = _ahead(dy, first, reach, stride_dyl, exists, AHEAD)
+        ahead = _ahead(x, first, reach, exists, X_TIME, AHEAD)
+        dy_ahead = _ahead(dy, first, reach, exists, DY_TIME, AHEAD)
         for t in range(first, last + K - 1, AHEAD):
+            here = dx + tl.cast(t, tl.int64) * D
             for i in tl.static_range(AHEAD):
                 window = window + (ahead[0],)
                 grad = dy_ahead[0].to(tl.float32)
-                ahead = ahead[1:] + _ahead(x, t + i + AHEAD, reach, stride_l, exists, 1)
-                dy_ahead = dy_ahead[1:] + _ahead(dy, t + i + AHEAD, reach, stride_dyl, exists, 1)
+                ahead = ahead[1:] + (_row(x, t, reach, exists, X_TIME, AHEAD + i),)
+                dy_ahead = dy_ahead[1:] + (_row(dy, t, reach, exists, DY_TIME, AHEAD + i),)
                 if SILU:
                     out = _weigh(window, taps, bias, K)
                     slope = sigmoid(out)
@@ -212,24 +226,24 @@ def _conv_bwd_kernel(
                 if d_final_ptr is not None:
                     i_final = at - end + K - 1
                     back += tl.load(
-                        d_final_ptr + (sequence * (K - 1) + i_final) * stride_dx,
+                        d_final_ptr + tl.cast(sequence * (K - 1) + i_final, tl.int64) * D,
                         mask=exists & (i_final >= 0) & (i_final < K - 1),
                         other=0.0,
                     ).to(tl.float32)
-                _store(dx + at * stride_dx, back, exists & (at >= first) & (at < last))
+                _store(here + (i - (K - 1)) * D, back, exists & (at >= first) & (at < last))
                 if past_ptr is not None:
                     i_past = at - start + K - 1
                     _store(
-                        d_past_ptr + (sequence * (K - 1) + i_past) * stride_dx,
+                        d_past_ptr + tl.cast(sequence * (K - 1) + i_past, tl.int64) * D,
                         back,
                         exists & (first == start) & (at < start),
                     )
                 window = window[1:]
                 grads = grads[1:]
-    partial_ptr += part.to(tl.int64) * (K + 1) * d + channels
+    partial_ptr += part.to(tl.int64) * (K + 1) * D + channels
     for i in tl.static_range(K):
-        _store(partial_ptr + i * d, d_taps[i], exists)
-    _store(partial_ptr + K * d, d_bias, exists)
+        _store(partial_ptr + i * D, d_taps[i], exists)
+    _store(partial_ptr + K * D, d_bias, exists)
 
 
 @triton.jit
@@ -244,7 +258,10 @@ def _conv_update_kernel(
     taps, bias = _taps(weight_ptr, bias_ptr, channels, exists, K)
     state_ptr += batch * stride_b + channels * stride_d
     x = tl.load(x_ptr + batch * stride_x + channels, mask=exists, other=0.0)
-    window = _ahead(state_ptr, 0, K - 1, stride_k, exists, K - 1) + (x,)
+    window = ()
+    for i in tl.static_range(K - 1):
+        window = window + (tl.load(state_ptr + i * stride_k, mask=exists, other=0.0),)
+    window = window + (x,)
     out = _weigh(window, taps, bias, K)
     if SILU:
         out *= sigmoid(out)
@@ -274,8 +291,8 @@ def conv_fwd(
             _conv_fwd_kernel[(plan.parts * triton.cdiv(d, plan.block),)](
                 x, weight.contiguous(), _contiguous(bias), _contiguous(initial_state),
                 plan.bounds, plan.first, y, final,
-                l, d, plan.stretch, plan.stretches, x.stride(0), x.stride(1),
-                K=k, BLOCK_D=plan.block, AHEAD=_AHEAD_FWD, SILU=silu, num_warps=1,
+                l, plan.stretch, plan.stretches, x.stride(0),
+                X_TIME=x.stride(1), D=d, K=k, BLOCK_D=plan.block, AHEAD=_AHEAD_FWD, SILU=silu, num_warps=1,
             )  # fmt: skip
     return y, final
 
@@ -303,9 +320,9 @@ def conv_bwd(
             _conv_bwd_kernel[(plan.parts * triton.cdiv(d, plan.block),)](
                 dy, _contiguous(d_final), x, weight.contiguous(), _contiguous(bias), past,
                 plan.bounds, plan.first, dx, d_past, partial,
-                l, d, plan.stretch, plan.stretches, b, plan.rows,
-                x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
-                K=k, BLOCK_D=plan.block, AHEAD=_AHEAD_BWD, SILU=silu, num_warps=1,
+                l, plan.stretch, plan.stretches, b, plan.rows, x.stride(0), dy.stride(0),
+                X_TIME=x.stride(1), DY_TIME=dy.stride(1), D=d, K=k, BLOCK_D=plan.block, AHEAD=_AHEAD_BWD,
+                SILU=silu, num_warps=1,
             )  # fmt: skip
     total = partial.sum(0)
     # a copy: a view may not leave an operator beside another of the same memory

@@ -111,9 +111,9 @@ def _scan(
     with torch.autocast(u.device.type, enabled=False), backends.launching_on(u):
         y, final_state, starts = _implementation(backend).scan_fwd(
             u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
-            delta_softplus, reverse, discretization,
+            delta_softplus, reverse, discretization, return_final_state=return_final_state,
         )  # fmt: skip
-    return y, final_state.contiguous() if return_final_state else final_state.new_empty(0), starts
+    return y, final_state.contiguous() if return_final_state else starts.new_empty(0), starts
 
 
 @torch.library.custom_op("mambazoo::selective_scan_backward", mutates_args=())

@@ -43,11 +43,14 @@ def scan_fwd(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    *,
+    return_final_state: bool = True,
     start: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, the states where tiles start.
 
-    `start` gives the initial state once it is known what becomes of zero (scan_part.py), by a scan of its own.
+    The last states cost nothing and are there also when nobody asks. `start` gives the initial state once it is known
+    what becomes of zero (scan_part.py), by a scan of its own.
     """
     if start is not None:
         flags = (delta_softplus, reverse, discretization)

@@ -75,8 +75,8 @@ def _plan(u: Tensor, sequences: int | None) -> _Plan:
     def cost(length: int) -> float:
         programs = b * triton.cdiv(l, length) * triton.cdiv(d, 64)
         waves = sum(triton.cdiv(programs, number) for number in at_once)
-        # carrying a state from chunk to chunk costs about eight steps
-        return waves * (length + 8)
+        # a chunk's state and its gradient, written and read by every kernel, cost about sixteen steps
+        return waves * (length + 16)
 
     length = min(_LENGTHS, key=cost)
     if sequences is not None:
@@ -184,9 +184,12 @@ class _Scan:
         """Blocks of channels in a group."""
         return triton.cdiv(self.size, self.channels(kernel))
 
-    def launch(self, kernel: Any, **own: Any) -> None:
+    def launch(self, kernel: Any, *, chunks: int | None = None, **own: Any) -> None:
         """Run a kernel on every chunk and block of channels, with its own arguments beside those that all share."""
         tile, channels, blocks = _TILES[kernel.__name__], self.channels(kernel), self.blocks(kernel)
+        chunks = self.plan.chunks if chunks is None else chunks
+        if not chunks:
+            return
         cut = {
             "blocks": blocks,
             "BLOCK_D": channels,
@@ -195,7 +198,7 @@ class _Scan:
             "EVEN": self.size % channels == 0 and self.n == self.N,
         }
         given = {key: value for key, value in (self.arguments | cut).items() if key in kernel.arg_names}
-        kernel[(self.plan.chunks * self.groups * blocks,)](
+        kernel[(chunks * self.groups * blocks,)](
             **given,
             **own,
             num_warps=self.warps,
@@ -203,18 +206,31 @@ class _Scan:
             maxnreg=tile.registers if self.plain else 255,
         )
 
-    def carry(self, states: Tensor, decays: Tensor, first: Tensor | None, *, backward: bool) -> Tensor:
-        """Replace what chunks make of zero by what enters them, in place; return what leaves the last (s, n, d)."""
-        last = states.new_empty(self.sequences, self.n, self.d)
+    def summarize(self, kernel: Any, *, whole: bool, **own: Any) -> None:
+        """Run a kernel that says what each chunk makes of zero; of the last that it comes to only if it is `whole`."""
+        if whole or self.arguments["VARLEN"]:
+            self.launch(kernel, BUT_ONE=False, **own)
+        else:
+            self.launch(kernel, chunks=self.plan.chunks - self.sequences, BUT_ONE=True, **own)
+
+    def carry(
+        self, states: Tensor, decays: Tensor, first: Tensor | None, *, backward: bool, whole: bool
+    ) -> Tensor | None:
+        """Replace what chunks make of zero by what enters them, in place; return what leaves the last (s, n, d).
+
+        Not `whole`, nothing is known to leave the last.
+        """
+        last = states.new_empty(self.sequences, self.n, self.d) if whole else None
         carry_kernel[(self.sequences * triton.cdiv(self.n * self.d, _CARRY_STATES),)](
             **{key: value for key, value in self.arguments.items() if key in carry_kernel.arg_names},
             states_ptr=states,
             decays_ptr=decays,
             first_ptr=states if first is None else first,
-            last_ptr=last,
+            last_ptr=states if last is None else last,
             BLOCK=_CARRY_STATES,
             U=_CARRY_CHUNKS,
             HAS_FIRST=first is not None,
+            HAS_LAST=last is not None,
             BACKWARD=backward,
             num_warps=1,
         )
@@ -224,7 +240,10 @@ class _Scan:
         """Room for the parts of a gradient: of each chunk (k, n, d), or each block of channels (k, b l, g, n)."""
         if like.ndim == 2:
             return torch.empty_like(kept)
-        return kept.new_empty(self.blocks(kernel) * self.warps, self.b * self.l, self.groups, self.n)
+        # sums of what was rounded to 16 bits are not kept in more
+        dtype = torch.bfloat16 if self.mma else torch.float32
+        parts = self.blocks(kernel) * self.warps
+        return kept.new_empty(parts, self.b * self.l, self.groups, self.n, dtype=dtype)
 
     def unmatrix(self, parts: Tensor, like: Tensor) -> Tensor:
         """A gradient in the shape of B or C, from partial sums (k, n, d) or (k, b l, g, n)."""
@@ -269,23 +288,28 @@ def scan_fwd(
     delta_softplus: bool,
     reverse: bool,
     discretization: str,
+    *,
+    return_final_state: bool = True,
     start: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return y (b, l, d), the last states (b or s, d, n) and, for scan_bwd, those that enter chunks (k, n, d).
 
-    `start` gives the initial state once it is known what becomes of zero (scan_part.py).
+    Last states that are not asked for are None. `start` gives the initial state once it is known what becomes of zero
+    (scan_part.py).
     """
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     kept = A.new_empty(scan.plan.chunks, scan.n, scan.d)
     decays = A.new_empty(scan.plan.chunks, scan.d)
-    scan.launch(chunk_states_kernel, states_ptr=kept, decays_ptr=decays)
+    whole = return_final_state or start is not None
+    scan.summarize(chunk_states_kernel, whole=whole, states_ptr=kept, decays_ptr=decays)
     if start is not None:
-        end = scan.carry(kept.clone(), decays, None, backward=False)
+        end = scan.carry(kept.clone(), decays, None, backward=False, whole=True)
+        assert end is not None
         initial_state = start(end.transpose(1, 2), decays.view(scan.b, -1, scan.d).sum(1))
-    last = scan.carry(kept, decays, _states(initial_state), backward=False)
+    last = scan.carry(kept, decays, _states(initial_state), backward=False, whole=whole)
     scan.launch(scan_fwd_kernel, states_ptr=kept, y_ptr=y)
-    return y, last.transpose(1, 2), kept
+    return y, None if last is None else last.transpose(1, 2), kept
 
 
 def scan_bwd(
@@ -335,10 +359,15 @@ def scan_bwd(
     decays, flows = A.new_empty(chunks, d), A.new_empty(chunks, d)
     # of every chunk dA (n, d), dD (d,) and d bias (d,)
     sums = A.new_empty(chunks, n + 2, d)
-    scan.launch(chunk_grads_kernel, grads_ptr=grads, decays_ptr=decays)
+    whole = initial_state is not None
+    scan.summarize(
+        chunk_grads_kernel, whole=whole or end_gradient is not None, grads_ptr=grads, decays_ptr=decays
+    )
     if end_gradient is not None:
-        d_final = end_gradient(scan.carry(grads.clone(), decays, None, backward=True).transpose(1, 2))
-    d_initial = scan.carry(grads, decays, _states(d_final), backward=True)
+        d_start = scan.carry(grads.clone(), decays, None, backward=True, whole=True)
+        assert d_start is not None
+        d_final = end_gradient(d_start.transpose(1, 2))
+    d_initial = scan.carry(grads, decays, _states(d_final), backward=True, whole=whole)
     parts = scan.partial_sums(C, forward_sweep_kernel, kept)
     scan.launch(
         forward_sweep_kernel, states_ptr=kept, grads_ptr=grads, flows_ptr=flows,
@@ -362,5 +391,5 @@ def scan_bwd(
         None if D is None else total[n].clone(),
         dz,
         None if delta_bias is None else total[n + 1],
-        None if initial_state is None else d_initial.transpose(1, 2),
+        None if d_initial is None else d_initial.transpose(1, 2),
     )

@@ -97,11 +97,14 @@ def chunk_grads_kernel(
     DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, DY_TIME: tl.constexpr, MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, C_ROWS: tl.constexpr,
-    VARLEN: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+    VARLEN: tl.constexpr, REVERSE: tl.constexpr, BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The gradient that a chunk's own y give the state that enters it (n, d), and the sum of its steps (d,)."""
     columns = (d // size) * blocks
     i, j = tl.program_id(0) // columns, tl.program_id(0) % columns
+    if BUT_ONE:
+        # the first chunk of a sequence is left out
+        i += i // (per_sequence - 1) + 1
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)

@@ -26,11 +26,14 @@ def chunk_states_kernel(
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, B_ROWS: tl.constexpr, ZOH: tl.constexpr,
-    VARLEN: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+    VARLEN: tl.constexpr, REVERSE: tl.constexpr, BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What a chunk makes of a state that was zero (n, d), and the sum of its steps (d,)."""
     columns = (d // size) * blocks
     i, j = tl.program_id(0) // columns, tl.program_id(0) % columns
+    if BUT_ONE:
+        # the last chunk of a sequence is left out
+        i += i // (per_sequence - 1)
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
@@ -79,7 +82,7 @@ def chunk_states_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def carry_kernel(
     A_ptr, states_ptr, decays_ptr, first_ptr, last_ptr, counts_ptr, d, n, per_sequence,
-    BLOCK: tl.constexpr, U: tl.constexpr, HAS_FIRST: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr, U: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, BACKWARD: tl.constexpr,
     VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks of a sequence: replace what each makes of zero by the state that enters it.
@@ -115,7 +118,8 @@ def carry_kernel(
                 at = (start + (count - 1 - m - k if BACKWARD else m + k)).to(tl.int64)
                 tl.store(states_ptr + at * n * d + own, h, mask=exists)
                 h = tl.exp2(totals[k] * A2) * h + owns[k]
-    tl.store(last_ptr + sequence.to(tl.int64) * n * d + own, h, mask=exists)
+    if HAS_LAST:
+        tl.store(last_ptr + sequence.to(tl.int64) * n * d + own, h, mask=exists)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
