@@ -27,13 +27,12 @@ from . import backend as backends
 from .sequences import by_rows
 from .triton_math import sigmoid
 
-# a stretch is as long as leaves this many programs, so that a GPU is full, within these bounds, in steps: a longer
-# one rereads fewer rows at its ends and leaves fewer partial sums
-_PROGRAMS, _SHORTEST, _LONGEST = 2048, 16, 128
-# channels a lane holds, as many bytes as one load takes or, backward, as many as registers allow; and rows on their way
-# while one is worked on
-_BYTES_FWD, _AHEAD_FWD = 16, 8
-_CHANNELS_BWD, _AHEAD_BWD = 4, 4
+# a stretch is as long as leaves this many programs, so that a GPU is full, and no shorter, in steps: a longer one
+# rereads fewer rows at its ends and leaves fewer partial sums
+_PROGRAMS, _SHORTEST = 2048, 16
+# what a lane holds of a row, bytes or channels; rows on their way while one is worked on; steps of the longest stretch
+_BYTES_FWD, _AHEAD_FWD, _LONGEST_FWD = 8, 16, 64
+_CHANNELS_BWD, _AHEAD_BWD, _LONGEST_BWD = 4, 4, 128
 
 
 @triton.jit
@@ -286,7 +285,7 @@ def conv_fwd(
     if return_final_state:
         final = x.new_empty(b if cu_seqlens is None else len(cu_seqlens) - 1, k - 1, d)
     with backends.launching_on(x):
-        plan = _plan(x, cu_seqlens, _BYTES_FWD // x.element_size(), shared=False)
+        plan = _plan(x, cu_seqlens, _BYTES_FWD // x.element_size(), _LONGEST_FWD, shared=False)
         if plan.parts and d:
             _conv_fwd_kernel[(plan.parts * triton.cdiv(d, plan.block),)](
                 x, weight.contiguous(), _contiguous(bias), _contiguous(initial_state),
@@ -314,7 +313,7 @@ def conv_bwd(
     past = _contiguous(initial_state)
     d_past = None if past is None else torch.empty_like(past)
     with backends.launching_on(x):
-        plan = _plan(x, cu_seqlens, _CHANNELS_BWD, shared=True)
+        plan = _plan(x, cu_seqlens, _CHANNELS_BWD, _LONGEST_BWD, shared=True)
         partial = x.new_empty(plan.parts, k + 1, d, dtype=torch.float32)
         if plan.parts and d:
             _conv_bwd_kernel[(plan.parts * triton.cdiv(d, plan.block),)](
@@ -360,12 +359,12 @@ class _Plan(NamedTuple):
     first: Tensor | None  # the packed sequences first[i] up to first[i + 1] start in stretch i
 
 
-def _plan(x: Tensor, cu_seqlens: Tensor | None, channels_a_lane: int, *, shared: bool) -> _Plan:
+def _plan(x: Tensor, cu_seqlens: Tensor | None, channels_a_lane: int, longest: int, *, shared: bool) -> _Plan:
     """Cut x (b, l, d); `shared`, a part may have several rows."""
     b, l, d = x.shape
     block = min(32 * channels_a_lane, triton.next_power_of_2(max(1, d)))
     wanted = triton.next_power_of_2(max(1, b * l * triton.cdiv(d, block) // _PROGRAMS))
-    stretch = min(_LONGEST, max(_SHORTEST, wanted))
+    stretch = min(longest, max(_SHORTEST, wanted))
     if cu_seqlens is None:
         stretches = max(1, triton.cdiv(l, stretch))
         # so that short rows do not leave more partial sums than they have steps
