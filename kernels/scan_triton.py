@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .scan_triton_backward import backward_sweep_kernel, chunk_grads_kernel, forward_sweep_kernel
-from .scan_triton_forward import carry_kernel, chunk_states_kernel, scan_fwd_kernel
+from .scan_triton_forward import carry_kernel, chunk_states_kernel, matrices_kernel, scan_fwd_kernel
 from .sequences import by_rows
-from .triton_math import LOG2E
 
 
 class _Tile(NamedTuple):
@@ -48,6 +47,8 @@ _TILES = {
 _LENGTHS = (256, 128, 64)
 # programs of one warp that run at once on a multiprocessor, by the registers that they take
 _AT_ONCE = (8, 12, 16)
+# elements of matrices that a program lays out
+_MATRIX = 1024
 # states that a program of the carry takes, and chunks whose loads are in flight together
 _CARRY_STATES, _CARRY_CHUNKS = 128, 8
 
@@ -125,13 +126,14 @@ class _Scan:
         table = counts = u
         if cu_seqlens is not None:
             table, counts = _chunk_table(cu_seqlens, self.plan, reverse)
+        A, B, C = self._matrices(A, B, C)
         # what kernels are given, each what it takes; a tensor that is absent is never read
         self.arguments: dict[str, Any] = {
             "u_ptr": u,
             "delta_ptr": delta,
-            "A_ptr": torch.mul(A.t(), LOG2E.value, out=A.new_empty(self.n, self.d)),
-            "B_ptr": self._matrix(B),
-            "C_ptr": self._matrix(C),
+            "A_ptr": A,
+            "B_ptr": B,
+            "C_ptr": C,
             "D_ptr": u if D is None else D.contiguous(),
             "z_ptr": u if z is None else z,
             "bias_ptr": u if delta_bias is None else delta_bias.contiguous(),
@@ -169,12 +171,26 @@ class _Scan:
             "OPERAND": tl.bfloat16 if u.is_cuda else tl.float32,
         }
 
-    def _matrix(self, x: Tensor) -> Tensor:
-        """(d, n) -> (n, d);  (b, l, n) or (b, l, g, n) -> (b, l, g, n);  float32"""
-        if x.ndim == 2:
-            return x.float().t().contiguous()
-        x = (x.unsqueeze(2) if x.ndim == 3 else x).float()
-        return x.expand(-1, -1, self.groups, -1).contiguous()
+    def _matrices(self, A: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
+        """A log2(e) and constant B and C (d, n) -> (n, d);  selective ones -> (b, l, g, n);  float32"""
+        given = [x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C)]
+        found = [A.new_empty(self.n, self.d)]
+        for x in given:
+            if x.ndim == 2:
+                found.append(x.float().t().contiguous())
+            elif x.dtype == torch.float32 and x.shape[2] == self.groups and x.is_contiguous():
+                found.append(x)
+            else:
+                found.append(A.new_empty(self.b, self.l, self.groups, self.n))
+        made = [new is not x and x.ndim > 2 for new, x in zip(found[1:], given, strict=True)]
+        strides = [x.expand(-1, -1, self.groups, -1).stride() if x.ndim > 2 else (0, 0, 0, 0) for x in given]
+        rows, width = self.b * self.l, self.groups * self.n
+        blocks = triton.cdiv(self.n * self.d, _MATRIX) + any(made) * triton.cdiv(rows * width, _MATRIX)
+        matrices_kernel[(blocks,)](
+            A, *given, *found, rows, self.l, self.d, self.n, width, *A.stride(), *strides[0], *strides[1],
+            HAS_B=made[0], HAS_C=made[1], BLOCK=_MATRIX, num_warps=4,
+        )  # fmt: skip
+        return found
 
     def channels(self, kernel: Any) -> int:
         # of more states than fit the registers of a lane, fewer channels

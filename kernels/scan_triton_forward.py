@@ -1,4 +1,7 @@
-"""The forward kernels of the selective scan: what chunks add to the state, the carry from chunk to chunk, and y."""
+"""The forward kernels of the selective scan: what chunks add to the state, the carry from chunk to chunk, and y.
+
+Ahead of them, and of those of the backward, the matrices are laid out as they want them.
+"""
 
 import triton
 import triton.language as tl
@@ -16,7 +19,34 @@ from .scan_triton_tiles import (
     store_row,
     store_tile,
 )
-from .triton_math import silu
+from .triton_math import LOG2E, silu
+
+
+@triton.jit(do_not_specialize=("rows", "l", "b_batch", "c_batch"))
+def matrices_kernel(
+    A_ptr, B_ptr, C_ptr, A_out_ptr, B_out_ptr, C_out_ptr,
+    rows, l, d, n, width, a_channel, a_state, b_batch, b_time, b_group, b_state, c_batch, c_time, c_group, c_state,
+    HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write A log2(e) (n, d) and, where they are asked for, B and C (b l, g n), in float32."""
+    i = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(n * d, BLOCK)
+    if i < blocks:
+        own = i * BLOCK + tl.arange(0, BLOCK)
+        exists = own < n * d
+        value = tl.load(A_ptr + (own % d) * a_channel + (own // d) * a_state, mask=exists, other=0.0)
+        tl.store(A_out_ptr + own, value * LOG2E, mask=exists)
+    else:
+        own = (i - blocks) * BLOCK + tl.arange(0, BLOCK)
+        row, column = own // width, own % width
+        batch, time, group, state = row // l, row % l, column // n, column % n
+        exists = row < rows
+        if HAS_B:
+            B = B_ptr + batch * b_batch + time * b_time + group * b_group + state * b_state
+            tl.store(B_out_ptr + own, tl.load(B, mask=exists, other=0.0).to(tl.float32), mask=exists)
+        if HAS_C:
+            C = C_ptr + batch * c_batch + time * c_time + group * c_group + state * c_state
+            tl.store(C_out_ptr + own, tl.load(C, mask=exists, other=0.0).to(tl.float32), mask=exists)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
