@@ -6,11 +6,14 @@ value is ever stale. Nothing here needs PyTorch.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ..zoo.config import SIZES
 
 ROOT = Path(__file__).resolve().parent
 SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callbacks", "loggers", "plugins")
@@ -18,6 +21,8 @@ SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callback
 KEPT = "recipe.yaml"
 # and what its test measured under this one
 TESTED = "test.json"
+# the key whose value stands for several others
+_SIZE = "model.backbone.size"
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,13 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
             that leads nowhere; the message names the file or key.
     """
     config = _load(recipe.path, ())
-    for override in overrides:
+    # a size first, so that numbers beside it count
+    for override in sorted(overrides, key=lambda override: not override.startswith(f"{_SIZE}=")):
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not key=value, as in trainer.max_steps=1000")
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))  # type: ignore[assignment]
+            config = _merge(config, OmegaConf.from_dotlist([override]))
         except Exception as error:
             raise ValueError(f"{key}: {value!r} cannot be set here ({_first_line(error)})") from None
     try:
@@ -141,7 +147,16 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
     files = [
         path.parent / part if part.endswith((".yaml", ".yml")) else ROOT / f"{part}.yaml" for part in parts
     ]
-    merged = OmegaConf.merge(*(_load(file, (*below, path)) for file in files), own)
+    return reduce(_merge, (*(_load(file, (*below, path)) for file in files), own))
+
+
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    """One layer over another. A size that the upper one names is all its numbers: the lower one's give way."""
+    shape = OmegaConf.select(below, _SIZE.rpartition(".")[0])
+    if isinstance(shape, DictConfig):
+        for key in SIZES.get(OmegaConf.select(above, _SIZE), ()):
+            shape.pop(key, None)
+    merged = OmegaConf.merge(below, above)
     assert isinstance(merged, DictConfig)
     return merged
 

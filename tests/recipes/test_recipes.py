@@ -158,6 +158,20 @@ def test_overrides_come_before_interpolation() -> None:
     )
 
 
+def test_a_size_replaces_the_numbers_it_stands_for(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("model: {backbone: {d_model: 118, n_layers: 4, norm_eps: 1.0e-6}}\n")
+    (tmp_path / "large.yaml").write_text("extends: small.yaml\nmodel: {backbone: {size: mamba-7m}}\n")
+
+    def backbone(path: Path, *overrides: str) -> Any:
+        return compose(Recipe("a", path), list(overrides))["model"]["backbone"]
+
+    large = {"size": "mamba-7m", "norm_eps": 1e-6}
+    assert backbone(path, "model.backbone.size=mamba-7m") == backbone(tmp_path / "large.yaml") == large
+    override = ("model.backbone.n_layers=3", "model.backbone.size=mamba-7m")
+    assert backbone(path, *override) == {**large, "n_layers": 3}
+
+
 def test_a_recipe_extends_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: language/demo\nvars: {length: 5}\n")
     (tmp_path / "own.yaml").write_text("extends: base.yaml\ndata: {batch_size: 3}\n")
