@@ -31,8 +31,8 @@ from .triton_math import sigmoid
 # rereads fewer rows at its ends and leaves fewer partial sums
 _PROGRAMS, _SHORTEST = 2048, 16
 # what a lane holds of a row, bytes or channels; rows on their way while one is worked on; steps of the longest stretch
-_BYTES_FWD, _AHEAD_FWD, _LONGEST_FWD = 8, 16, 64
-_CHANNELS_BWD, _AHEAD_BWD, _LONGEST_BWD = 4, 4, 128
+_BYTES_FWD, _AHEAD_FWD, _LONGEST_FWD = 8, 16, 32
+_CHANNELS_BWD, _AHEAD_BWD, _LONGEST_BWD = 4, 4, 256
 
 
 @triton.jit

@@ -65,6 +65,13 @@ def _store_sums(
         sums = tl.reshape(tl.broadcast_to(sums[:, None, :], (WARPS, 2, 16)), (WARPS, 32))
         lanes = tl.arange(0, 32)[None, :]
         tl.store(ptr + tl.arange(0, WARPS)[:, None] * stride + lanes % 16, sums, mask=lanes < n)
+    elif value.shape[1] > 32:
+        # lanes share the states, and those of the first channel store them. The hint, which is of channels, keeps them
+        # there: else they would be gathered, many lanes writing to one place in shared memory
+        rows = tl.arange(0, value.shape[0])[:, None]
+        where = tl.max_contiguous(ptr + rows + states[None, :], [value.shape[0], 1])
+        sums = tl.broadcast_to(tl.sum(value, 0)[None, :], value.shape)
+        tl.store(where, sums, mask=(rows == 0) & (states < n)[None, :])
     elif EVEN:
         tl.store(ptr + states, tl.sum(value, 0))
     else:
