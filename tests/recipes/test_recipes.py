@@ -80,6 +80,7 @@ def small(texts: Path, genome: Path, labelled: Path, sounds: Path, tmp_path: Pat
         "audio": {"paths": str(sounds)},
         "language": {"paths": str(texts)},
         "genomics": {"paths": str(genome)},
+        "genomics/pretrain": {"length_warmup": [64]},
         "genomics/pretrain-human": {"valid": ["chr0"], "test": ["chr1"], "length_warmup": [64]},
         "genomics/classify": {"paths": str(labelled)},
         "genomics/finetune": {"paths": str(labelled)},
