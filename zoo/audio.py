@@ -23,6 +23,7 @@ class WaveformModel(TokenModel):
             recordings as one kind.
         tie_embeddings: read out with the embedding's weight.
         optimizer: the fields of OptimizerConfig.
+        bptt: see TokenModel.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class WaveformModel(TokenModel):
         num_classes: int | None = None,
         tie_embeddings: bool = False,
         optimizer: dict[str, Any] | None = None,
+        bptt: int | None = None,
     ) -> None:
-        super().__init__(backbone, vocab_size, tie_embeddings, optimizer)
+        super().__init__(backbone, vocab_size, tie_embeddings, optimizer, bptt=bptt)
         self.save_hyperparameters({"num_classes": num_classes}, logger=False)
         config = self.backbone.config
         if not config.causal:
@@ -88,6 +90,15 @@ class WaveformModel(TokenModel):
         """The state before the first sample of `batch` recordings, of classes labels (b,)."""
         state = super().init_state(batch)
         return state if self.num_classes is None else [self._vectors(labels), *state]
+
+    def start(self, batch: Batch) -> list[Any]:
+        return self.init_state(len(batch["inputs"]), batch.get("labels"))
+
+    def detached(self, state: list[Any]) -> list[Any]:
+        # the vector of a class is no memory of what was read
+        return (
+            super().detached(state) if self.num_classes is None else [state[0], *super().detached(state[1:])]
+        )
 
     def hidden(self, batch: Batch) -> Tensor:
         y, _ = self.mix(batch["inputs"], cu_seqlens=batch.get("cu_seqlens"), labels=batch.get("labels"))

@@ -60,6 +60,10 @@ class ContextParallel(DDPStrategy):
             raise ValueError(
                 "trainer.strategy: context needs a causal backbone, without bidirectional, reverse_complement and pool"
             )
+        if getattr(model, "bptt", None) is not None:
+            raise ValueError(
+                "model.bptt: with context a sequence is read at once, by all ranks; set it to null"
+            )
         for module in backbone.modules():
             if isinstance(module, Mamba):
                 module.parts = self.parts

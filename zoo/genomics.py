@@ -30,6 +30,7 @@ class GenomeModel(TokenModel):
         complement: the complement of every token, itself where it has none; a recipe leaves it to the data module.
         tie_embeddings: read out with the embedding's weight.
         optimizer: the fields of OptimizerConfig.
+        bptt: see TokenModel.
     """
 
     complement: Tensor | None
@@ -41,8 +42,9 @@ class GenomeModel(TokenModel):
         complement: list[int] | None = None,
         tie_embeddings: bool = True,
         optimizer: dict[str, Any] | None = None,
+        bptt: int | None = None,
     ) -> None:
-        super().__init__(backbone, vocab_size, tie_embeddings, optimizer, complement)
+        super().__init__(backbone, vocab_size, tie_embeddings, optimizer, complement, bptt)
         self.save_hyperparameters({"complement": complement}, logger=False)
         table = None if complement is None else complement_table(complement, vocab_size)
         self.register_buffer("complement", table, persistent=False)

@@ -18,6 +18,7 @@ class LanguageModel(TokenModel):
         vocab_size: how many tokens there are; a recipe leaves it to the data module.
         tie_embeddings: read out with the embedding's weight, as every released Mamba does.
         optimizer: the fields of OptimizerConfig.
+        bptt: see TokenModel.
     """
 
     def __init__(
@@ -26,8 +27,9 @@ class LanguageModel(TokenModel):
         vocab_size: int,
         tie_embeddings: bool = True,
         optimizer: dict[str, Any] | None = None,
+        bptt: int | None = None,
     ) -> None:
-        super().__init__(backbone, vocab_size, tie_embeddings, optimizer)
+        super().__init__(backbone, vocab_size, tie_embeddings, optimizer, bptt=bptt)
         if not self.backbone.config.causal:
             raise ValueError(
                 "model.backbone: a model of the next token must not see it; leave out bidirectional and "

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 
 from .config import BackboneConfig
@@ -25,6 +27,9 @@ class TokenModel(Task):
         tie_embeddings: read out with the embedding's weight.
         optimizer: the fields of OptimizerConfig.
         complement: the complement of every token, for a backbone that reads both strands.
+        bptt: in training, read rows so many tokens at a time, the state handed on from one window to the next, and take
+            gradients within windows alone (truncated backpropagation through time). Memory is that of a window, and
+            its forward runs twice. None reads rows whole.
     """
 
     CONFIGS: ClassVar = {**Task.CONFIGS, "backbone": BackboneConfig}
@@ -36,14 +41,23 @@ class TokenModel(Task):
         tie_embeddings: bool,
         optimizer: dict[str, Any] | None,
         complement: list[int] | None = None,
+        bptt: int | None = None,
     ) -> None:
         super().__init__(optimizer)
         config = BackboneConfig.from_dict(backbone, "model.backbone")
+        if bptt is not None and bptt < 1:
+            raise ValueError(f"model.bptt: must be 1 or more tokens, or null, not {bptt}")
+        if bptt is not None and not config.causal:
+            raise ValueError(
+                "model.bptt: hands on what was read before, and a model that sees both sides has no such state"
+            )
+        self.bptt = bptt
         self.save_hyperparameters(
             {
                 "backbone": config.to_dict(),
                 "vocab_size": vocab_size,
                 "tie_embeddings": tie_embeddings,
+                "bptt": bptt,
                 "optimizer": self.optimizer_config.to_dict(),
             },
             logger=False,
@@ -91,8 +105,36 @@ class TokenModel(Task):
         return y
 
     def training_loss(self, batch: Batch) -> Tensor:
-        total, _ = self.losses(batch)
+        total = self.losses(batch)[0] if self.bptt is None else self._loss_in_windows(batch, self.bptt)
         return total * ranks() / sum_over_ranks(weight_of(batch))
+
+    def _loss_in_windows(self, batch: Batch, length: int) -> Tensor:
+        """The summed loss of rows that are read window after window, without gradients from one to another."""
+        if "cu_seqlens" in batch:
+            raise ValueError(
+                "model.bptt: reads rows in windows, and packed ones lie end to end: set data.packing=false"
+            )
+        rows = {name: batch[name] for name in ("inputs", "targets", "weights") if name in batch}
+        losses, state = [], self.start(batch)
+        for begin in range(0, batch["inputs"].shape[1], length):
+            window = {name: x[:, begin : begin + length] for name, x in rows.items()}
+            # what a window leaves in memory is its state: the rest is made again for its gradient
+            loss, state = checkpoint(self._read_window, window, state, use_reentrant=False)
+            losses.append(loss)
+            state = self.detached(state)
+        return torch.stack(losses).sum()
+
+    def _read_window(self, window: Batch, state: list[Any]) -> tuple[Tensor, list[Any] | None]:
+        y, after = self.mix(window["inputs"], state=state)
+        return self.head.loss(y, window["targets"], window.get("weights"))[0], after
+
+    def start(self, batch: Batch) -> list[Any]:
+        """The state before the first token of a batch."""
+        return self.init_state(len(batch["inputs"]))
+
+    def detached(self, state: list[Any]) -> list[Any]:
+        """A state as a window after it is given: what gradients do not go through."""
+        return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)
 
     def log_loss(self, batch: Batch, y: Tensor, stage: str) -> Tensor:
         """Log the loss of a held-out batch from what the head reads; return the summed negative log-likelihood."""
