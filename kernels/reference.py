@@ -43,6 +43,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     *,
+    B_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
@@ -62,6 +63,7 @@ def selective_scan(
             part = selective_scan(
                 **own,  # type: ignore[arg-type]
                 A=A,
+                B_bias=B_bias,
                 D=D,
                 delta_bias=delta_bias,
                 delta_softplus=delta_softplus,
@@ -82,6 +84,8 @@ def selective_scan(
         step = F.softplus(step)
     x, A = u.to(dtype), A.to(state_dtype)
     B, C = (_each_channel(matrix.to(state_dtype), b, l, d) for matrix in (B, C))
+    if B_bias is not None:
+        B = B + B_bias.to(state_dtype)
     h = A.new_zeros(b, *A.shape) if initial_state is None else initial_state.to(state_dtype)
     rows = {}
     for t in reversed(range(l)) if reverse else range(l):

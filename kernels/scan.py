@@ -30,6 +30,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     *,
+    B_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -51,6 +52,7 @@ def selective_scan(
         z: the gate (b, l, d); y is multiplied by silu(z).
         delta_bias: added to delta (d,).
         delta_softplus: delta becomes softplus(delta), after its bias.
+        B_bias: added to a selective B in every channel (d, n), of A's dtype.
         initial_state: the state before the first step (b, d, n), differentiable, as the last one is.
         cu_seqlens: int32 (s + 1,), beside b = 1: sequence i fills [cu_seqlens[i], cu_seqlens[i + 1]) and has a
             state of its own, so that states are (s, d, n) and nothing flows from one sequence to the next.
@@ -65,23 +67,35 @@ def selective_scan(
     Raises:
         ValueError: when shapes, dtypes, devices or cu_seqlens do not fit; the message names the argument.
 
-    Source: Gu and Dao, Mamba (2312.00752), section 3 and algorithm 2; complex A as in S4D (Gu et al., 2206.11893).
+    Source: Gu and Dao, Mamba (2312.00752), section 3 and algorithm 2; complex A as in S4D (Gu et al., 2206.11893);
+    B_bias as in B2S6 (Yu and Erichson, 2505.09022, algorithm 2).
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, discretization)
+    _check(u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens, discretization)
     # of nothing the reference alone makes nothing without further care
     requested = "reference" if u.numel() == 0 else backend
     name = backends.choose(
-        requested, u, delta, A, B, C, D, z, delta_bias, initial_state, also=TRITON_ALSO[discretization]
+        requested,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        B_bias,
+        initial_state,
+        also=TRITON_ALSO[discretization],
     )
     if name == "reference":
         y, final_state = reference.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse,
+            B_bias=B_bias, initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse,
             discretization=discretization,
         )  # fmt: skip
     else:
         y, final_state, _ = _scan(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens,
             delta_softplus, return_final_state, reverse, discretization, name,
         )  # fmt: skip
     return y, final_state if return_final_state else None
@@ -105,6 +119,7 @@ def _scan(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
@@ -115,7 +130,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(u.device.type, enabled=False), backends.launching_on(u):
         y, final_state, starts = _implementation(backend).scan_fwd(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens,
             delta_softplus, reverse, discretization, return_final_state=return_final_state,
         )  # fmt: skip
     return y, final_state.contiguous() if return_final_state else starts.new_empty(0), starts
@@ -134,6 +149,7 @@ def _scan_backward(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
@@ -145,10 +161,10 @@ def _scan_backward(
     with torch.autocast(u.device.type, enabled=False), backends.launching_on(u):
         gradients = _implementation(backend).scan_bwd(
             dy, d_final, starts,
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse,
+            u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens, delta_softplus, reverse,
             discretization,
         )  # fmt: skip
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state)
     return [
         u.new_empty(0) if x is None or gradient is None else gradient.to(x.dtype).contiguous()
         for x, gradient in zip(inputs, gradients, strict=True)
@@ -156,7 +172,7 @@ def _scan_backward(
 
 
 @_scan.register_fake
-def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
+def _scan_fake(u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
     _, return_final_state, _, _, backend = flags
     states = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
@@ -167,8 +183,8 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *
 
 
 @_scan_backward.register_fake
-def _scan_backward_fake(dy, d_final, starts, u, delta, A, B, C, D, z, delta_bias, initial_state, *rest):  # type: ignore[no-untyped-def]
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+def _scan_backward_fake(dy, d_final, starts, *rest):  # type: ignore[no-untyped-def]
+    u, *_ = inputs = rest[:10]
     return [
         u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in inputs
@@ -186,7 +202,7 @@ def _backward(ctx, dy, d_final, _):  # type: ignore[no-untyped-def]
     starts, *tensors = ctx.saved_tensors
     d_final = d_final if ctx.returned_final_state else None
     gradients = _scan_backward(dy, d_final, starts, *tensors, *ctx.flags)
-    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:9], strict=True))
+    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:10], strict=True))
     return *wanted, None, None, None, None, None, None
 
 
@@ -202,6 +218,7 @@ def _check(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     discretization: str,
@@ -232,8 +249,12 @@ def _check(
         raise ValueError(
             f"B has {B.shape[2]} groups and C has {C.shape[2]}: give them the same number, or one of them 1"
         )
-    for name, vector in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-        expect(name, vector, u.device, (d, n) if name == "A" else (d,))
+    for name, vector in (("A", A), ("B_bias", B_bias), ("D", D), ("delta_bias", delta_bias)):
+        expect(name, vector, u.device, (d, n) if name in ("A", "B_bias") else (d,))
+    if B_bias is not None and B_bias.dtype != A.dtype:
+        raise ValueError(f"B_bias must be {A.dtype}, as A is, not {B_bias.dtype}")
+    if B_bias is not None and B.ndim == 2:
+        raise ValueError("B_bias must come beside a selective B; add it to a constant one")
     expect("z", z, u.device, (b, l, d))
     expect("initial_state", initial_state, u.device, (states, d, n))
     if initial_state is not None and initial_state.dtype != A.dtype:

@@ -44,6 +44,7 @@ def selective_scan_part(
     delta_softplus: bool = False,
     *,
     neighbours: Neighbours,
+    B_bias: Tensor | None = None,
     discretization: str = "euler",
     backend: str | None = None,
 ) -> Tensor:
@@ -54,10 +55,12 @@ def selective_scan_part(
     Raises:
         ValueError: when shapes, dtypes or devices do not fit; the message names the argument.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, None, None, discretization)
-    name = backends.choose(backend, u, delta, A, B, C, D, z, delta_bias, also=TRITON_ALSO[discretization])
+    _check(u, delta, A, B, C, D, z, delta_bias, B_bias, None, None, discretization)
+    name = backends.choose(
+        backend, u, delta, A, B, C, D, z, delta_bias, B_bias, also=TRITON_ALSO[discretization]
+    )
     flags = (delta_softplus, discretization, _implementation("torch" if name == "reference" else name))
-    return _part(neighbours, flags, u, delta, A, B, C, D, z, delta_bias)
+    return _part(neighbours, flags, u, delta, A, B, C, D, z, delta_bias, B_bias)
 
 
 class _Part(torch.autograd.Function):

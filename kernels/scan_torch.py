@@ -38,6 +38,7 @@ def scan_fwd(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
@@ -54,11 +55,22 @@ def scan_fwd(
     """
     if start is not None:
         flags = (delta_softplus, reverse, discretization)
-        _, end, _ = scan_fwd(u, delta, A, B, C, None, None, delta_bias, None, None, *flags)
-        scan = _Scan(u, delta, A, B, C, delta_bias, None, None, *flags)
+        _, end, _ = scan_fwd(u, delta, A, B, C, None, None, delta_bias, B_bias, None, None, *flags)
+        scan = _Scan(u, delta, A, B, C, delta_bias, B_bias, None, None, *flags)
         initial_state = start(end, scan.batch_first(scan.delta).sum(1))
     scan = _Scan(
-        u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
+        u,
+        delta,
+        A,
+        B,
+        C,
+        delta_bias,
+        B_bias,
+        initial_state,
+        cu_seqlens,
+        delta_softplus,
+        reverse,
+        discretization,
     )
     y = torch.empty_like(scan.u)
     final = scan.initial.clone()
@@ -96,6 +108,7 @@ def scan_bwd(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
@@ -103,20 +116,31 @@ def scan_bwd(
     discretization: str,
     end_gradient: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is absent.
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state; None for what is absent.
 
     Gradients of complex tensors follow PyTorch's convention. `end_gradient` gives d_final once it is known what y alone
     asks of the initial state (scan_part.py), by a backward of its own.
     """
     if end_gradient is not None:
         *_, asked = scan_bwd(
-            dy, None, kept, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            dy, None, kept, u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens,
             delta_softplus, reverse, discretization,
         )  # fmt: skip
         assert asked is not None
         d_final = end_gradient(asked)
     scan = _Scan(
-        u, delta, A, B, C, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, discretization
+        u,
+        delta,
+        A,
+        B,
+        C,
+        delta_bias,
+        B_bias,
+        initial_state,
+        cu_seqlens,
+        delta_softplus,
+        reverse,
+        discretization,
     )
     dy = torch.zeros_like(u, dtype=scan.dtype) if dy is None else dy.to(scan.dtype)
     ungated = dy if z is None else dy * F.silu(z.to(scan.dtype))
@@ -124,6 +148,7 @@ def scan_bwd(
     dy_scan = scan.time_first(2 * ungated if A.is_complex() else ungated)
     y, du, d_delta = (torch.empty_like(scan.u) for _ in range(3))
     dA, dB, dC = torch.zeros_like(scan.A), scan.matrix_sum(B), scan.matrix_sum(C)
+    d_B_bias = None if B_bias is None else torch.zeros_like(scan.A)
     starts = scan.starts(kept)
     # a sequence's entry holds the gradient of its last state until the walk back reaches its start
     d_initial = torch.zeros_like(scan.initial)
@@ -152,6 +177,9 @@ def scan_bwd(
             gain, gain_delta, gain_A = _exact_gain_gradients(delta_tile, scan.A)
             d_input = G * gain.conj()
             scan.add(dB, time, rows, d_input, u_tile)
+            if d_B_bias is not None:
+                scan.add(d_B_bias, time, rows, d_input, u_tile)
+            B_tile = scan.biased(B_tile)
             du[time, rows] = _real(_sum_states(B_tile.conj(), d_input))
             d_gain = G * B_tile.conj() * u_tile
             d_delta[time, rows] = _real(d_gain * gain_delta.conj()).sum(3, keepdim=True)
@@ -159,6 +187,9 @@ def scan_bwd(
         else:
             scan.add(dB, time, rows, G, delta_tile * u_tile)
             d_input = _real(_sum_states(B_tile.conj(), G))
+            if scan.B_bias is not None and d_B_bias is not None:
+                scan.add(d_B_bias, time, rows, G, delta_tile * u_tile)
+                d_input += _real(_sum_states(scan.B_bias.conj().expand_as(G), G))
             du[time, rows] = d_input * delta_tile
             d_delta[time, rows] = d_input * u_tile
 
@@ -193,6 +224,7 @@ def scan_bwd(
         dD,
         dz,
         None if delta_bias is None else d_raw.sum((0, 1)),
+        None if d_B_bias is None else scan.channels_first(d_B_bias),
         None if initial_state is None else scan.channels_first(scan.in_order(d_initial)),
     )
 
@@ -234,6 +266,7 @@ class _Scan:
         B: Tensor,
         C: Tensor,
         delta_bias: Tensor | None,
+        B_bias: Tensor | None,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         delta_softplus: bool,
@@ -260,6 +293,7 @@ class _Scan:
         step = F.softplus(self.raw_delta) if delta_softplus else self.raw_delta
         self.u, self.delta = self.time_first(u), self.time_first(step.expand_as(u))
         self.A, self.B, self.C = self.states_first(A), self.matrix(B), self.matrix(C)
+        self.B_bias = None if B_bias is None else self.states_first(B_bias)
         if initial_state is None:
             self.initial = self.A.new_zeros(len(self.sequences) if self.packed else b, *self.A.shape)
         else:
@@ -358,14 +392,20 @@ class _Scan:
             if start < end and time.start <= t < time.stop and rows.start <= row < rows.stop:
                 yield i, t - time.start, row - rows.start
 
+    def biased(self, B: Tensor) -> Tensor:
+        """B of a tile with what is added to it in every channel."""
+        return B if self.B_bias is None else B + self.B_bias
+
     def run(self, time: slice, rows: slice, before: Tensor, decay: Tensor, h: Tensor) -> None:
         """Fill a tile with the decays and the states that follow `before`; where a sequence starts, the decay is 0."""
         delta, u, B = self.delta[time, rows], self.u[time, rows], self.B[time, rows]
         torch.mul(delta, self.A, out=decay)
         if self.zoh:
-            torch.mul(delta * _phi(decay), u * B, out=h)
+            torch.mul(delta * _phi(decay), u * self.biased(B), out=h)
         else:
             torch.mul(delta * u, B, out=h)
+            if self.B_bias is not None:
+                h.addcmul_((delta * u).to(h.dtype), self.B_bias)
         decay.exp_()
         for i, t, row in self.starting(time, rows):
             h[t, row].addcmul_(decay[t, row], self.initial[i])

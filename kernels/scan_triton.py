@@ -105,6 +105,7 @@ class _Scan:
         D: Tensor | None,
         z: Tensor | None,
         delta_bias: Tensor | None,
+        B_bias: Tensor | None,
         cu_seqlens: Tensor | None,
         delta_softplus: bool,
         reverse: bool,
@@ -115,13 +116,14 @@ class _Scan:
             # real and imaginary parts as columns; A's one after the other
             A = torch.view_as_real(A).mT.flatten(1)
             B, C = _pairs(B), _pairs(2 * C.conj_physical())
+            B_bias = None if B_bias is None else _pairs(B_bias)
         (self.b, self.l, self.d), self.n = u.shape, A.shape[1]
         self.groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
         self.size = self.d // self.groups
         self.N = max(2, triton.next_power_of_2(self.n))
         # sums over channels go through the matrix units where they need not be more exact than what they end up in
         self.mma = self.N == 16 and all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
-        self.plain = discretization == "euler" and all(x.ndim > 2 for x in (delta, B, C))
+        self.plain = discretization == "euler" and B_bias is None and all(x.ndim > 2 for x in (delta, B, C))
         # warps of a program read the same B and C from the cache nearest to them
         self.warps = next((w for w in (4, 2) if self.mma and self.size % (64 * w) == 0), 1)
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -133,12 +135,14 @@ class _Scan:
         if cu_seqlens is not None:
             table, counts = _chunk_table(cu_seqlens, self.plan, reverse)
         A, B, C = self._matrices(A, B, C)
+        own = B if B_bias is None else B_bias.t().contiguous()
         # what kernels are given, each what it takes; a tensor that is absent is never read
         self.arguments: dict[str, Any] = {
             "u_ptr": u,
             "delta_ptr": delta,
             "A_ptr": A,
             "B_ptr": B,
+            "B_tile_ptr": own,
             "C_ptr": C,
             "D_ptr": u if D is None else D.contiguous(),
             "z_ptr": u if z is None else z,
@@ -167,6 +171,7 @@ class _Scan:
             "HAS_BIAS": delta_bias is not None,
             "DELTA_ROWS": delta.ndim == 3,
             "B_ROWS": B.ndim > 2,
+            "B_TILE": own.ndim == 2,
             "C_ROWS": C.ndim > 2,
             "ZOH": discretization == "zoh",
             "COMPLEX": self.complex,
@@ -330,6 +335,7 @@ def scan_fwd(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
@@ -344,7 +350,9 @@ def scan_fwd(
     Last states that are not asked for are None. `start` gives the initial state once it is known what becomes of zero
     (scan_part.py).
     """
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
+    scan = _Scan(
+        u, delta, A, B, C, D, z, delta_bias, B_bias, cu_seqlens, delta_softplus, reverse, discretization
+    )
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     kept = empty_starts(u, A, None if cu_seqlens is None else scan.sequences)
     decays = kept.new_empty(scan.plan.chunks, scan.d)
@@ -371,6 +379,7 @@ def scan_bwd(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    B_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
@@ -378,11 +387,13 @@ def scan_bwd(
     discretization: str,
     end_gradient: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is absent.
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state; None for what is absent.
 
     `end_gradient` gives d_final once it is known what y alone asks of the initial state (scan_part.py).
     """
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
+    scan = _Scan(
+        u, delta, A, B, C, D, z, delta_bias, B_bias, cu_seqlens, delta_softplus, reverse, discretization
+    )
     dy = torch.zeros_like(u, memory_format=torch.contiguous_format) if dy is None else by_rows(dy)
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
     # where delta is constant this is only a place for what one sweep hands to the other
@@ -424,9 +435,10 @@ def scan_bwd(
     # room for the next ones
     del parts
     parts = scan.partial_sums(B, backward_sweep_kernel, kept)
+    own = parts if B_bias is None else torch.empty_like(kept)
     scan.launch(
         backward_sweep_kernel, grads_ptr=grads, flows_ptr=flows,
-        du_ptr=du, d_delta_ptr=d_delta, sums_ptr=sums, dB_ptr=parts,
+        du_ptr=du, d_delta_ptr=d_delta, sums_ptr=sums, dB_ptr=parts, dB_tile_ptr=own,
     )  # fmt: skip
     total = sums.sum(0)
     return (
@@ -438,5 +450,6 @@ def scan_bwd(
         None if D is None else total[0].clone(),
         dz,
         None if delta_bias is None else total[1],
+        None if B_bias is None else scan.unmatrix(own, B_bias),
         None if d_initial is None else scan.unstate(d_initial),
     )

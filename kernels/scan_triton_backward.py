@@ -28,6 +28,7 @@ from .scan_triton_tiles import (
     load_states,
     load_tile,
     place,
+    spread,
     step_size,
     store_row,
     store_tile,
@@ -153,7 +154,7 @@ def chunk_grads_kernel(
                 dt = step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS)
                 grad = dys[k].to(tl.float32) * (silu(zs[k]) if HAS_Z else 1.0)
                 decay, turn, _ = hold(dt, A2, W2, False, COMPLEX)
-                G += grad[:, None] * (Cs[k][None, :] if C_ROWS else C_tile)
+                G += grad[:, None] * spread(Cs[k], C_tile, C_ROWS, False)
                 G = back(G, decay, turn, COMPLEX)
                 total += dt
             deltas, zs, dys, Cs = next_deltas, next_zs, next_dys, next_Cs
@@ -166,7 +167,7 @@ def chunk_grads_kernel(
             silu(z_now) if HAS_Z else 1.0
         )
         decay, turn, _ = hold(dt, A2, W2, False, COMPLEX)
-        G = back(G + grad[:, None] * (C_row[None, :] if C_ROWS else C_tile), decay, turn, COMPLEX)
+        G = back(G + grad[:, None] * spread(C_row, C_tile, C_ROWS, False), decay, turn, COMPLEX)
         total += dt
     store_tile(grads_ptr + i.to(tl.int64) * n * d, G, channels, states, exists, d, n, EVEN)
     store_row(decays_ptr + i.to(tl.int64) * d + channels, total, exists, EVEN)
@@ -174,14 +175,14 @@ def chunk_grads_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_sweep_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, states_ptr, grads_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, B_tile_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, states_ptr, grads_ptr,
     terms_ptr, rest_ptr, flows_ptr, dz_ptr, sums_ptr, dC_ptr, table_ptr,
     rows, l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch, dy_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr, DY_TIME: tl.constexpr,
     MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    B_ROWS: tl.constexpr, B_TILE: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
     VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +196,7 @@ def forward_sweep_kernel(
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
-    B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
+    B_tile = load_tile(B_tile_ptr, channels, states, exists, d, n, EVEN) if B_TILE else 0.0
     C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
     ON: tl.constexpr = -1 if REVERSE else 1
     row = batch * l + first
@@ -239,8 +240,8 @@ def forward_sweep_kernel(
             wide = u_row.to(tl.float32)
             dt = step_size(delta_row, bias, SOFTPLUS)
             grad, slope = _split_gate(dy_row, z_row, HAS_Z)
-            B_now = B_row[None, :] if B_ROWS else B_tile
-            C_now = C_row[None, :] if C_ROWS else C_tile
+            B_now = spread(B_row, B_tile, B_ROWS, B_TILE)
+            C_now = spread(C_row, C_tile, C_ROWS, False)
             decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
             left = ahead(h, decay, turn, COMPLEX)
             h = left + (wide[:, None] * gain) * B_now
@@ -313,14 +314,14 @@ def _split_gate(dy, z, HAS_Z: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_sweep_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, grads_ptr,
-    terms_ptr, rest_ptr, flows_ptr, du_ptr, d_delta_ptr, sums_ptr, dB_ptr, table_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, B_tile_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dy_ptr, grads_ptr,
+    terms_ptr, rest_ptr, flows_ptr, du_ptr, d_delta_ptr, sums_ptr, dB_ptr, dB_tile_ptr, table_ptr,
     rows, l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch, dy_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr, DY_TIME: tl.constexpr,
     MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    B_ROWS: tl.constexpr, B_TILE: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
     VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -334,7 +335,7 @@ def backward_sweep_kernel(
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
-    B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
+    B_tile = load_tile(B_tile_ptr, channels, states, exists, d, n, EVEN) if B_TILE else 0.0
     C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
     ON: tl.constexpr = 1 if REVERSE else -1
     last = first - ON * (steps - 1)
@@ -359,7 +360,7 @@ def backward_sweep_kernel(
     real = tl.arange(0, A2.shape[1])
     slowest = tl.max(A2 if EVEN else tl.where(real[None, :] < numbers, A2, float("-inf")), 1)
     pick = _pick_states(A2, states, WARPS, MMA, OPERAND)
-    dB_tile = 0.0 if B_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
+    dB_tile = tl.zeros((BLOCK_D, N), tl.float32) if B_TILE else 0.0
     d_bias = tl.zeros((BLOCK_D,), tl.float32)
     if steps > 0:
         u_row = load_row(u, exists, EVEN)
@@ -387,8 +388,8 @@ def backward_sweep_kernel(
             # nothing flows through states that are gone within a step, and no rounding error of before
             kept = dt * slowest >= -24.0
             grad, _ = _split_gate(dy_row, z_row, HAS_Z)
-            B_now = B_row[None, :] if B_ROWS else B_tile
-            C_now = C_row[None, :] if C_ROWS else C_tile
+            B_now = spread(B_row, B_tile, B_ROWS, B_TILE)
+            C_now = spread(C_row, C_tile, C_ROWS, False)
             decay, turn, G, summed, held, through, by_gain = _sweep_backward(
                 G, wide, dt, grad, B_now, C_now, A2, W2, ZOH, COMPLEX
             )
@@ -406,7 +407,7 @@ def backward_sweep_kernel(
                 _store_sums(
                     dB + at * (ON * MATRIX_TIME), summed, pick, states, n, stride, WARPS, MMA, OPERAND, EVEN
                 )
-            else:
+            if B_TILE:
                 dB_tile += summed
             G = back(G, decay, turn, COMPLEX)
             u_row, delta_row, z_row, dy_row, B_row, C_row = (
@@ -420,8 +421,8 @@ def backward_sweep_kernel(
             high, low = next_high, next_low
     sums = sums_ptr + i.to(tl.int64) * ((2 * n if COMPLEX else n) + 2) * d
     store_row(sums + d + channels, d_bias, exists, EVEN)
-    if not B_ROWS:
-        store_tile(dB_ptr + tile, dB_tile, channels, states, exists, d, n, EVEN)
+    if B_TILE:
+        store_tile(dB_tile_ptr + tile, dB_tile, channels, states, exists, d, n, EVEN)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from .scan_triton_tiles import (
     load_rows,
     load_tile,
     place,
+    spread,
     step_size,
     store_row,
     store_tile,
@@ -54,12 +55,13 @@ def matrices_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def chunk_states_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, bias_ptr, states_ptr, decays_ptr, table_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, B_tile_ptr, bias_ptr, states_ptr, decays_ptr, table_ptr,
     l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, B_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
-    VARLEN: tl.constexpr, REVERSE: tl.constexpr, BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, B_ROWS: tl.constexpr, B_TILE: tl.constexpr,
+    ZOH: tl.constexpr, COMPLEX: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+    BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What a chunk makes of a state that was zero (n, d), and the sum of its steps (d,)."""
     columns = (d // size) * blocks
@@ -73,7 +75,7 @@ def chunk_states_kernel(
     A2, W2 = load_A(A_ptr, channels, states, exists, d, n, COMPLEX, EVEN)
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
-    B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
+    B_tile = load_tile(B_tile_ptr, channels, states, exists, d, n, EVEN) if B_TILE else 0.0
     ON: tl.constexpr = -1 if REVERSE else 1
     u = u_ptr + batch * u_batch + first * U_TIME + channels
     delta = delta_ptr + batch * delta_batch + first * DELTA_TIME + channels
@@ -97,7 +99,7 @@ def chunk_states_kernel(
                 dt = step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS)
                 decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
                 x = us[k].to(tl.float32)[:, None] * gain
-                h = ahead(h, decay, turn, COMPLEX) + x * (Bs[k][None, :] if B_ROWS else B_tile)
+                h = ahead(h, decay, turn, COMPLEX) + x * spread(Bs[k], B_tile, B_ROWS, B_TILE)
                 total += dt
             us, deltas, Bs = next_us, next_deltas, next_Bs
     for t in range(full * U, steps):
@@ -106,7 +108,7 @@ def chunk_states_kernel(
         decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
         x = load_row(u + t * (ON * U_TIME), exists, EVEN).to(tl.float32)[:, None] * gain
         B_now = load_matrix(B + t * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
-        h = ahead(h, decay, turn, COMPLEX) + x * (B_now[None, :] if B_ROWS else B_tile)
+        h = ahead(h, decay, turn, COMPLEX) + x * spread(B_now, B_tile, B_ROWS, B_TILE)
         total += dt
     store_tile(states_ptr + i.to(tl.int64) * n * d, h, channels, states, exists, d, n, EVEN)
     store_row(decays_ptr + i.to(tl.int64) * d + channels, total, exists, EVEN)
@@ -162,12 +164,12 @@ def carry_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def scan_fwd_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, states_ptr, y_ptr, table_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, B_tile_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, states_ptr, y_ptr, table_ptr,
     l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch, z_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr,
     MATRIX_TIME: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    B_ROWS: tl.constexpr, B_TILE: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
     VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +182,7 @@ def scan_fwd_kernel(
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
-    B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
+    B_tile = load_tile(B_tile_ptr, channels, states, exists, d, n, EVEN) if B_TILE else 0.0
     C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
     ON: tl.constexpr = -1 if REVERSE else 1
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
@@ -217,10 +219,10 @@ def scan_fwd_kernel(
                 gates = gates + ((silu(zs[k]) if HAS_Z else 1.0),)  # noqa: RUF005
             for k in tl.static_range(U):
                 decay, turn, gain = hold(dts[k], A2, W2, ZOH, COMPLEX)
-                h = ahead(h, decay, turn, COMPLEX) + (wides[k][:, None] * gain) * (
-                    Bs[k][None, :] if B_ROWS else B_tile
+                h = ahead(h, decay, turn, COMPLEX) + (wides[k][:, None] * gain) * spread(
+                    Bs[k], B_tile, B_ROWS, B_TILE
                 )
-                out = tl.sum(h * (Cs[k][None, :] if C_ROWS else C_tile), 1)
+                out = tl.sum(h * spread(Cs[k], C_tile, C_ROWS, False), 1)
                 out = (out + skip * wides[k] if HAS_D else out) * gates[k]
                 store_row(y + (m * U + k) * (ON * Y_TIME), out, exists, EVEN)
             us, deltas, zs, Bs, Cs = next_us, next_deltas, next_zs, next_Bs, next_Cs
@@ -232,7 +234,7 @@ def scan_fwd_kernel(
         B_now = load_matrix(B + t * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
         C_now = load_matrix(C + t * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
         z_now = load_rows(z + t * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
-        h = ahead(h, decay, turn, COMPLEX) + (u_now[:, None] * gain) * (B_now[None, :] if B_ROWS else B_tile)
-        out = tl.sum(h * (C_now[None, :] if C_ROWS else C_tile), 1)
+        h = ahead(h, decay, turn, COMPLEX) + (u_now[:, None] * gain) * spread(B_now, B_tile, B_ROWS, B_TILE)
+        out = tl.sum(h * spread(C_now, C_tile, C_ROWS, False), 1)
         out = (out + skip * u_now if HAS_D else out) * (silu(z_now) if HAS_Z else 1.0)
         store_row(y + t * (ON * Y_TIME), out, exists, EVEN)

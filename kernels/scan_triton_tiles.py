@@ -173,6 +173,17 @@ def load_states(ptr, states, n, EVEN: tl.constexpr):
 
 
 @triton.jit
+def spread(row, tile, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """B or C of all channels: a row (N,) that they share, a tile (BLOCK_D, N) of their own, or the sum."""
+    if ROWS and TILE:
+        return row[None, :] + tile
+    elif ROWS:  # noqa: RET505
+        return row[None, :]
+    else:
+        return tile
+
+
+@triton.jit
 def load_rows(ptr, STRIDE: tl.constexpr, exists, U: tl.constexpr, WANTED: tl.constexpr, EVEN: tl.constexpr):
     """The rows of U steps; zeros, which cost nothing, where they are not wanted."""
     rows = ()

@@ -27,6 +27,7 @@ def scan_problem(
     constant: tuple[str, ...] = (),
     complex_: bool = False,
     without: tuple[str, ...] = (),
+    B_bias: bool = False,
     sequences: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
@@ -45,8 +46,11 @@ def scan_problem(
         "D": torch.randn(d, dtype=wide),
         "z": torch.randn(b, l, d, dtype=dtype),
         "delta_bias": torch.randn(d, dtype=wide),
+        "B_bias": torch.randn(d, n, dtype=state),
         "initial_state": torch.randn(sequences or b, d, n, dtype=state),
     }
+    if not B_bias:
+        without = (*without, "B_bias")
     return {name: x.requires_grad_() for name, x in problem.items() if name not in without}
 
 

@@ -105,7 +105,8 @@ SPECIALISATIONS = [
         (130, 20, torch.bfloat16, {"without": ("z",)}, False, "euler"),
         (768, 16, torch.bfloat16, {}, False, "euler"),
         (64, 8, torch.float32, {"complex_": True}, False, "euler"),
-        (48, 5, torch.float32, {"complex_": True, "groups": 3}, True, "euler"),
+        (48, 5, torch.float32, {"complex_": True, "groups": 3, "B_bias": True}, True, "euler"),
+        (96, 16, torch.bfloat16, {"groups": 2, "B_bias": True}, False, "euler"),
     ]
 ]
 

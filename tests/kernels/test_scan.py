@@ -59,6 +59,8 @@ def test_scan_matches_reference_at_length(backend: str, length: int) -> None:
         {"constant": ("delta", "B", "C")},
         {"constant": ("B",), "groups": 3},
         {"constant": ("C",), "complex_": True},
+        {"groups": 2, "B_bias": True},
+        {"groups": 6, "B_bias": True, "complex_": True},
         {"without": ("D", "z", "delta_bias", "initial_state")},
         {"without": ("z",)},
     ],
@@ -185,8 +187,8 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_never_holds_all_states() -> None:
     b, l, d, n = 1, 4096, 64, 64
     p = {name: x.detach() for name, x in scan_problem(b=b, l=l, d=d, n=n, dtype=torch.float32).items()}
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-    arguments = (*(p[name] for name in names), None, True, False, "euler")
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "B_bias", "initial_state")
+    arguments = (*(p.get(name) for name in names), None, True, False, "euler")
     with LargestTensor() as largest:
         y, h, kept = scan_torch.scan_fwd(*arguments)
         scan_torch.scan_bwd(y, h, kept, *arguments)
@@ -195,13 +197,15 @@ def test_memory_never_holds_all_states() -> None:
 
 
 @pytest.mark.parametrize(
-    "problem", [{}, {"complex_": True}, {"without": ("D", "z", "delta_bias", "initial_state")}]
+    "problem",
+    [{}, {"complex_": True, "B_bias": True}, {"without": ("D", "z", "delta_bias", "initial_state")}],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_operator_passes_opcheck(problem: Options) -> None:
     torch.use_deterministic_algorithms(False)
     p = scan_problem(dtype=torch.float32, **problem)
-    tensors = [p.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
+    tensors = [p.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    tensors += [p.get(name) for name in ("B_bias", "initial_state")]
     results = torch.library.opcheck(_scan, (*tensors, None, True, True, False, "euler", "torch"))
     assert set(results.values()) == {"SUCCESS"}
 
@@ -225,6 +229,9 @@ def test_an_unwanted_state_is_none() -> None:
         ({"B": torch.randn(2, 13, 2, 4), "C": torch.randn(2, 13, 3, 4)}, "B has 2 groups and C has 3"),
         ({"z": torch.randn(2, 13, 7)}, "z must be"),
         ({"D": torch.randn(7)}, "D must be"),
+        ({"B_bias": torch.randn(6, 5)}, "B_bias must be"),
+        ({"B_bias": torch.randn(6, 4, dtype=torch.float64)}, "B_bias must be"),
+        ({"B_bias": torch.randn(6, 4), "B": torch.randn(6, 4)}, "B_bias must come beside a selective B"),
         ({"initial_state": torch.randn(3, 6, 4)}, "initial_state must be"),
         ({"initial_state": torch.randn(2, 6, 4, dtype=torch.float64)}, "initial_state must be"),
         ({"cu_seqlens": torch.tensor([0, 13], dtype=torch.int32)}, "cu_seqlens must be"),

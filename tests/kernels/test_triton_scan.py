@@ -79,6 +79,7 @@ def test_states(n: int) -> None:
         {"constant": ("delta", "B", "C")},
         {"constant": ("B",)},
         {"constant": ("C",)},
+        {"groups": 2, "B_bias": True},
         {"without": ("D", "z", "delta_bias", "initial_state")},
     ],
     ids=str,
@@ -184,7 +185,8 @@ def test_repeats_bitwise() -> None:
 def test_operator_passes_opcheck(packed: bool, complex_: bool) -> None:
     torch.use_deterministic_algorithms(False)
     sequences = 2 if packed else None
-    p = scan_problem(b=1 if packed else 2, l=9, d=8, n=4, dtype=F32, sequences=sequences, complex_=complex_)
+    options = {"sequences": sequences, "complex_": complex_, "B_bias": True}
+    p = scan_problem(b=1 if packed else 2, l=9, d=8, n=4, dtype=F32, **options)
     p = {name: x.detach().to(DEVICE).requires_grad_() for name, x in p.items()}
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE) if packed else None
     torch.library.opcheck(_scan, (*p.values(), bounds, True, True, False, "euler", "triton"))
@@ -194,7 +196,7 @@ def test_operator_passes_opcheck(packed: bool, complex_: bool) -> None:
     ("options", "flags"),
     [
         ({"n": 3, "d": 33}, {}),
-        ({"n": 8, "groups": 2}, {"reverse": True}),
+        ({"n": 8, "groups": 2, "B_bias": True}, {"reverse": True}),
         ({"constant": ("delta", "B", "C")}, {}),
         ({"dtype": BF16, "without": ("D", "z", "delta_bias", "initial_state")}, {"tolerance": 2e-2}),
         *([({"n": 100, "l": 300}, {}), ({"n": 32, "l": 1000}, {"reverse": True})] if ON_GPU else []),
