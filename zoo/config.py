@@ -56,10 +56,14 @@ class MambaConfig(Config):
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    # rank of the projection to delta; None is d_model / 16
+    # rank of the projection to delta, in each block where there are several; None is d_model / 16 in all
     dt_rank: int | None = None
     # which of delta, B and C depend on the input (table 7)
     selective: tuple[str, ...] = ("delta", "B", "C")
+    # blocks of channels, each of which chooses delta, B and C by its own channels alone (B2S6, 2505.09022, section 6)
+    heads: int = 1
+    # add to B, in every channel, what no input chooses (B2S6, algorithm 2)
+    B_bias: bool = False
     # s4d-real: -(n + 1); s4d-lin: -1/2 + n i, complex; constant: -1/2; random: -exp(N(0, 1)) (table 8)
     a_init: str = "s4d-real"
     dt_init: str = "random"
@@ -77,7 +81,13 @@ class MambaConfig(Config):
         _one_of("mamba.discretization", self.discretization, ("euler", "zoh"))
         for name in self.selective:
             _one_of("mamba.selective", name, ("delta", "B", "C"))
-        _positive("mamba", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
+        _positive("mamba", self, "d_state", "d_conv", "expand", "heads", "dt_min", "dt_max")
+        if self.heads > 1 and not self.selective:
+            raise ValueError("mamba.heads: blocks choose delta, B or C, of which mamba.selective names none")
+        if self.B_bias and "B" not in self.selective:
+            raise ValueError(
+                "mamba.B_bias: a B that is not in mamba.selective is already learnt in every channel; leave it out"
+            )
         if self.a_init == "s4d-lin" and self.d_state % 2:
             raise ValueError(f"mamba.d_state: must be even for the complex A of s4d-lin, not {self.d_state}")
 
@@ -164,7 +174,11 @@ class BackboneConfig(Config):
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
         if self.bidirectional is not None:
             _one_of("backbone.bidirectional", self.bidirectional, ("tied", "untied"))
-        _ = self.mixers
+        d_inner = self.mamba.expand * self.d_model
+        if "mamba" in self.mixers and d_inner % self.mamba.heads:
+            raise ValueError(
+                f"backbone.mamba.heads: must divide the {d_inner} channels, expand * d_model, not {self.mamba.heads}"
+            )
 
     @property
     def causal(self) -> bool:
@@ -289,6 +303,9 @@ class OptimizerConfig(Config):
     min_lr: float = 1e-5
     # each layer's rate is this times that of the layer above it; for fine-tuning
     layer_decay: float = 1.0
+    # the rate of what makes delta is this times that of the rest; below 1, long sequences train more steadily (B2S6,
+    # 2505.09022, section 6). Where delta, B and C share x_proj, as in the reference's layout, that keeps the full rate
+    delta_lr: float = 1.0
     # leave out a step whose gradient has so many times the norm of the last ones; null takes any that is finite
     spike: float | None = None
 
@@ -296,7 +313,7 @@ class OptimizerConfig(Config):
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
-        _positive("optimizer", self, "lr", "eps", "layer_decay")
+        _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr")
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
