@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import Block, RMSNorm
+from .block import Block
 from .config import BackboneConfig
+from .norms import build_norm
 from .strands import join_strands, split_strands
 
 
@@ -80,7 +81,7 @@ class Backbone(Blocks):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = build_norm(config)
 
     def forward(
         self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None

@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.norm import rms_norm
 from .attention import Attention
 from .bidirectional import Bidirectional
 from .config import BackboneConfig
 from .lstm import LSTM
 from .mamba import Mamba
 from .mixer import Mixer
+from .norms import build_norm
 from .s4d import S4D
 
 
@@ -35,18 +34,6 @@ def _build_one(name: str, config: BackboneConfig) -> Mixer:
     return builders[name]()
 
 
-class RMSNorm(nn.Module):
-    """Add to the residual stream, which stays in float32, and normalise it (kernels/norm.py)."""
-
-    def __init__(self, d: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.eps = eps
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
-
-
 class MLP(nn.Module):
     """The gated MLP, silu(x W1) * (x W2) projected back (Shazeer, 2002.05202)."""
 
@@ -65,10 +52,11 @@ class Block(nn.Module):
 
     def __init__(self, mixer: str, config: BackboneConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = build_norm(config)
         self.mixer = build_mixer(mixer, config)
+        self.dropout = config.dropout
         if config.d_mlp:
-            self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+            self.norm2 = build_norm(config)
             self.mlp = MLP(config.d_model, config.d_mlp)
 
     def forward(
@@ -77,18 +65,21 @@ class Block(nn.Module):
         """x (b, l, d_model) is to be added to the residual stream; return the same pair one layer on, and the state."""
         x, residual = self.norm(x, residual)
         x, state = self.mixer(x, state=state, cu_seqlens=cu_seqlens)
-        x, residual = self._feed_forward(x, residual)
+        x, residual = self._feed_forward(self._drop(x), residual)
         return x, residual, state
 
     def step(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
         """The same for one token x (b, d_model)."""
         x, residual = self.norm(x, residual)
         x, state = self.mixer.step(x, state)
-        x, residual = self._feed_forward(x, residual)
+        x, residual = self._feed_forward(self._drop(x), residual)
         return x, residual, state
 
     def _feed_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if hasattr(self, "mlp"):
             x, residual = self.norm2(x, residual)
-            x = self.mlp(x)
+            x = self._drop(self.mlp(x))
         return x, residual
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x

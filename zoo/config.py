@@ -162,7 +162,11 @@ class BackboneConfig(Config):
     bidirectional: str | None = None
     # read both strands of DNA with the same weights: reverse complement in, reverse complement out (Caduceus-PS)
     reverse_complement: bool = False
+    # rms; layer; batch, over all positions of a batch while training (norms.py)
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    # how much of what a mixer or MLP adds to the stream is left out while training
+    dropout: float = 0.0
     # recompute each block in the backward: less memory, a third more time
     checkpoint_activations: bool = False
     mamba: MambaConfig = field(default_factory=MambaConfig)
@@ -172,6 +176,14 @@ class BackboneConfig(Config):
 
     def __post_init__(self) -> None:
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
+        _one_of("backbone.norm", self.norm, ("rms", "layer", "batch"))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"backbone.dropout: must be from 0 to below 1, not {self.dropout}")
+        if self.norm == "batch" and self.checkpoint_activations:
+            raise ValueError(
+                "backbone.checkpoint_activations: what is recomputed would count twice in the statistics of norm: "
+                "batch; take layer or rms, or leave it out"
+            )
         if self.bidirectional is not None:
             _one_of("backbone.bidirectional", self.bidirectional, ("tied", "untied"))
         d_inner = self.mamba.expand * self.d_model

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone, Blocks
-from .block import RMSNorm
 from .config import BackboneConfig, UNetConfig
 from .frontends import Patches
+from .norms import build_norm
 
 
 def build_backbone(config: BackboneConfig) -> "Backbone | UNet":
@@ -130,7 +130,7 @@ class UNet(nn.Module):
             Pool(outer.d_model, size, inner.d_model)
             for outer, size, inner in zip(levels, config.pool, levels[1:], strict=False)
         )
-        self.norm_f = RMSNorm(levels[0].d_model, config.norm_eps)
+        self.norm_f = build_norm(levels[0])
 
     def forward(
         self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
