@@ -48,7 +48,8 @@ class BatchNorm(nn.Module):
 
     That is while training: padding counts, sequences, packed ones too, see each other's statistics, and every device
     counts its own share of a batch. What was usual then, a running mean, is what evaluation norms by. There it is the
-    same map at every position, so that steps equal `forward` and nothing of a sequence depends on another.
+    same map at every position, so that steps equal `forward` and nothing of a sequence depends on another. So it is in
+    training too where its weight is frozen, as in fine-tuning a head or adapters.
     """
 
     # what the newest batch counts in the running statistics
@@ -65,7 +66,8 @@ class BatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.training and x.ndim < 3:
+        learning = self.training and self.weight.requires_grad
+        if learning and x.ndim < 3:
             raise ValueError(
                 "backbone.norm: while training, batch norms by whole batches of sequences and takes no steps; call "
                 "model.eval() first"
@@ -73,11 +75,11 @@ class BatchNorm(nn.Module):
         stream = _add(x, residual)
         weight, bias = self.weight.to(stream.dtype), self.bias.to(stream.dtype)
         usual = self.running_mean, self.running_var
-        mean, variance = (kept.to(stream.dtype, copy=self.training) for kept in usual)
+        mean, variance = (kept.to(stream.dtype, copy=learning) for kept in usual)
         y = F.batch_norm(
-            stream.flatten(0, -2), mean, variance, weight, bias, self.training, self.MOMENTUM, self.eps
+            stream.flatten(0, -2), mean, variance, weight, bias, learning, self.MOMENTUM, self.eps
         )
-        if self.training:
+        if learning:
             for kept, new in zip(usual, (mean, variance), strict=True):
                 # a batch that is not finite is forgotten, as its step is left out (task.py)
                 kept.copy_(torch.where(new.isfinite(), new, kept))

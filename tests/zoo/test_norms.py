@@ -156,6 +156,14 @@ def test_a_batch_that_is_not_finite_is_forgotten() -> None:
     assert torch.equal(norm.running_mean, before)
 
 
+def test_a_frozen_norm_keeps_its_statistics_in_training() -> None:
+    model, x = build("batch"), random(2, 9, 16)
+    expected, before = model(x)[0], {name: buffer.clone() for name, buffer in statistics(model).items()}
+    model.requires_grad_(False).train()
+    assert torch.equal(model(x)[0], expected)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in statistics(model).items())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
