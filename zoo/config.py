@@ -164,6 +164,8 @@ class BackboneConfig(Config):
     reverse_complement: bool = False
     # rms; layer; batch, over all positions of a batch while training (norms.py)
     norm: str = "rms"
+    # norm what a layer reads; false norms the stream after what a layer adds, as some models of long sequences do
+    prenorm: bool = True
     norm_eps: float = 1e-5
     # how much of what a mixer or MLP adds to the stream is left out while training
     dropout: float = 0.0
@@ -253,6 +255,8 @@ class UNetConfig(BackboneConfig):
             raise ValueError(
                 "backbone.pool: a U-Net steps from sample to sample; leave out bidirectional and reverse_complement"
             )
+        if not self.prenorm:
+            raise ValueError("backbone.prenorm: the stages of a U-Net share one stream; leave it at true")
         if not self.pool or min(self.pool) < 2:
             raise ValueError(f"backbone.pool: must be factors of 2 or more, not {list(self.pool)}")
         _positive("backbone", self, "widen")

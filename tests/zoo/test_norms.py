@@ -75,9 +75,10 @@ def test_the_stream_stays_in_float32() -> None:
 
 
 @pytest.mark.parametrize("norm", KINDS)
+@pytest.mark.parametrize("prenorm", [True, False])
 @torch.no_grad()
-def test_evaluation_steps_hands_on_and_packs_as_ever(norm: str) -> None:
-    model, x = build(norm, d_mlp=24), random(1, 13, 16)
+def test_evaluation_steps_hands_on_and_packs_as_ever(norm: str, prenorm: bool) -> None:
+    model, x = build(norm, d_mlp=24, prenorm=prenorm), random(1, 13, 16)
     whole, _ = model(x, state=model.init_state(1))
     y, state = model(x[:, :5], state=model.init_state(1))
     rows = [y]
@@ -92,6 +93,21 @@ def test_evaluation_steps_hands_on_and_packs_as_ever(norm: str) -> None:
             torch.testing.assert_close(packed[:, start:end], model(x[:, start:end])[0], **EXACT)
     x[:, 9:] += 1
     torch.testing.assert_close(model(x)[0][:, :9], whole[:, :9], **EXACT)
+
+
+@pytest.mark.parametrize("norm", ["rms", *KINDS])
+def test_a_norm_may_come_after_what_it_norms(norm: str) -> None:
+    model, x = build(norm, d_mlp=24, prenorm=False, dropout=0.2), random(2, 9, 16)
+    assert not any(name.startswith("norm_f") for name, _ in model.named_parameters())
+    expected = x
+    for block in model.layers:
+        for own, layer in ((block.norm, block.mixer), (block.norm2, lambda x, mlp=block.mlp: (mlp(x), None))):
+            expected, _ = own(expected + layer(expected)[0])
+    y, _ = model(x)
+    torch.testing.assert_close(y, expected)
+    saving = build(norm if norm != "batch" else "rms", d_mlp=24, prenorm=False, checkpoint_activations=True)
+    saving.train()(x)[0].sum().backward()
+    assert all(p.grad is not None for p in saving.parameters())
 
 
 @pytest.mark.parametrize("norm", KINDS)
@@ -171,6 +187,7 @@ def test_a_frozen_norm_keeps_its_statistics_in_training() -> None:
             {"norm": "btach"},
             "backbone.norm: must be one of rms, layer, batch, not 'btach', did you mean 'batch'",
         ),
+        ({"prenorm": False, "pool": [2]}, "backbone.prenorm: the stages of a U-Net share one stream"),
         ({"dropout": 1.0}, "backbone.dropout: must be from 0 to below 1"),
         ({"dropout": -0.1}, "backbone.dropout: must be from 0 to below 1"),
         ({"norm": "batch", "checkpoint_activations": True}, "would count twice in the statistics"),
@@ -194,7 +211,7 @@ def test_norms_do_not_decay(norm: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("norm", KINDS)
 def test_compiles_and_exports_as_one_graph(norm: str) -> None:
-    model, x = build(norm).float(), torch.randn(2, 11, 16)
+    model, x = build(norm, prenorm=norm == "layer").float(), torch.randn(2, 11, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for training in (False, True):
         model.train(training)
