@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
-# what the Triton kernels read; double precision and complex numbers go to the torch back end
+# what every Triton kernel reads; double precision goes to the torch back end, as complex numbers mostly do
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # found once, here: torch.compile cannot trace the search
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(requested: str | None, x: Tensor, *others: Tensor | None) -> str:
+def choose(
+    requested: str | None, x: Tensor, *others: Tensor | None, also: tuple[torch.dtype, ...] = ()
+) -> str:
     """Name the back end for x and what comes with it: `requested`, else MAMBAZOO_BACKEND, else the fastest there is.
 
-    Where Triton has no kernel for their dtypes, "triton" gives way to "torch".
+    Where Triton has no kernel for their dtypes, those it always reads and `also`, "triton" gives way to "torch".
 
     Raises:
         ValueError: for an unknown name, and for "triton" where it cannot run.
@@ -34,7 +36,7 @@ def choose(requested: str | None, x: Tensor, *others: Tensor | None) -> str:
                 f'backend "triton" cannot run on {x.device}: it needs a GPU and the package triton; '
                 'use backend "torch", or TRITON_INTERPRET=1 to debug'
             )
-        if any(t.dtype not in _TRITON_DTYPES for t in (x, *others) if t is not None):
+        if any(t.dtype not in (*_TRITON_DTYPES, *also) for t in (x, *others) if t is not None):
             return "torch"
     return name
 

@@ -15,6 +15,9 @@ from . import backend as backends
 from . import reference, scan_torch
 from .checks import check_discretization, count_sequences, expect
 
+# what the Triton kernels take beside real numbers
+TRITON_ALSO = {"euler": (torch.complex64,), "zoh": ()}
+
 
 def selective_scan(
     u: Tensor,
@@ -57,7 +60,7 @@ def selective_scan(
             "zoh", the exact hold, gain = expm1(delta A) / A.
         deterministic: bitwise the same from run to run, gradients included; every back end there is does so.
         backend: "triton", "torch" or "reference"; None leaves it to the device and to MAMBAZOO_BACKEND. Where
-            Triton has no kernel, for complex A and for float64, "triton" gives way to "torch".
+            Triton has no kernel, for float64 and for the exact hold of a complex A, "triton" gives way to "torch".
 
     Raises:
         ValueError: when shapes, dtypes, devices or cu_seqlens do not fit; the message names the argument.
@@ -67,7 +70,9 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, discretization)
     # of nothing the reference alone makes nothing without further care
     requested = "reference" if u.numel() == 0 else backend
-    name = backends.choose(requested, u, delta, A, B, C, D, z, delta_bias, initial_state)
+    name = backends.choose(
+        requested, u, delta, A, B, C, D, z, delta_bias, initial_state, also=TRITON_ALSO[discretization]
+    )
     if name == "reference":
         y, final_state = reference.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus,
@@ -157,7 +162,7 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *
     dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
     final_state = u.new_empty((states, *A.shape) if return_final_state else 0, dtype=dtype)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    starts = u.new_empty(_implementation(backend).starts_shape(u, A, sequences), dtype=dtype)
+    starts = _implementation(backend).empty_starts(u, A, sequences)
     return torch.empty_like(u, memory_format=torch.contiguous_format), final_state, starts
 
 

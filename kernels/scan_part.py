@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .scan import _check, _implementation
+from .scan import TRITON_ALSO, _check, _implementation
 
 
 class Neighbours(Protocol):
@@ -55,7 +55,7 @@ def selective_scan_part(
         ValueError: when shapes, dtypes or devices do not fit; the message names the argument.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, None, None, discretization)
-    name = backends.choose(backend, u, delta, A, B, C, D, z, delta_bias)
+    name = backends.choose(backend, u, delta, A, B, C, D, z, delta_bias, also=TRITON_ALSO[discretization])
     flags = (delta_softplus, discretization, _implementation("torch" if name == "reference" else name))
     return _part(neighbours, flags, u, delta, A, B, C, D, z, delta_bias)
 

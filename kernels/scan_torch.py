@@ -62,7 +62,7 @@ def scan_fwd(
     )
     y = torch.empty_like(scan.u)
     final = scan.initial.clone()
-    kept = scan.A.new_empty(starts_shape(u, A, None if cu_seqlens is None else cu_seqlens.shape[0] - 1))
+    kept = empty_starts(u, A, None if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     starts = scan.starts(kept)
     starts[0] = 0 if scan.packed else scan.initial
     buffers = scan.buffers(2)
@@ -197,13 +197,13 @@ def scan_bwd(
     )
 
 
-def starts_shape(u: Tensor, A: Tensor, sequences: int | None) -> tuple[int, int, int]:
-    """The shape (k, d, n) of what scan_fwd keeps for scan_bwd, which no value of cu_seqlens changes."""
+def empty_starts(u: Tensor, A: Tensor, sequences: int | None) -> Tensor:
+    """Room (k, d, n) for what scan_fwd keeps for scan_bwd, which no value of cu_seqlens changes."""
     b, l, _ = u.shape
-    if sequences is not None:
-        # folded rows are _SHORTEST long or longer, so that no more than every other tile is a shorter one
-        return (-(-l // _SHORTEST) * 2, *A.shape)
-    return (_tiling(b, l, u, A)[2] * b, *A.shape)
+    # folded rows are _SHORTEST long or longer, so that no more than every other tile is a shorter one
+    tiles = _tiling(b, l, u, A)[2] * b if sequences is None else -(-l // _SHORTEST) * 2
+    dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
+    return u.new_empty(tiles, *A.shape, dtype=dtype)
 
 
 def _tiling(b: int, l: int, u: Tensor, A: Tensor) -> tuple[int, int, int]:

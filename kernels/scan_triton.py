@@ -86,9 +86,10 @@ def _plan(u: Tensor, sequences: int | None) -> _Plan:
     return _Plan(length, per_sequence, b * per_sequence)
 
 
-def starts_shape(u: Tensor, A: Tensor, sequences: int | None) -> tuple[int, int, int]:
-    """The shape (k, n, d) of what scan_fwd keeps for scan_bwd, the states that enter each chunk."""
-    return (_plan(u, sequences).chunks, A.shape[1], u.shape[2])
+def empty_starts(u: Tensor, A: Tensor, sequences: int | None) -> Tensor:
+    """Room (k, n, d) for what scan_fwd keeps for scan_bwd, the states that enter chunks; of complex ones both parts."""
+    n = A.shape[1] * (1 + A.is_complex())
+    return u.new_empty(_plan(u, sequences).chunks, n, u.shape[2], dtype=torch.float32)
 
 
 class _Scan:
@@ -109,13 +110,18 @@ class _Scan:
         reverse: bool,
         discretization: str,
     ) -> None:
+        self.complex = A.is_complex()
+        if self.complex:
+            # real and imaginary parts as columns; A's one after the other
+            A = torch.view_as_real(A).mT.flatten(1)
+            B, C = _pairs(B), _pairs(2 * C.conj_physical())
         (self.b, self.l, self.d), self.n = u.shape, A.shape[1]
         self.groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
         self.size = self.d // self.groups
         self.N = max(2, triton.next_power_of_2(self.n))
         # sums over channels go through the matrix units where they need not be more exact than what they end up in
         self.mma = self.N == 16 and all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
-        self.plain = discretization == "euler" and delta.ndim == B.ndim == C.ndim == 3
+        self.plain = discretization == "euler" and all(x.ndim > 2 for x in (delta, B, C))
         # warps of a program read the same B and C from the cache nearest to them
         self.warps = next((w for w in (4, 2) if self.mma and self.size % (64 * w) == 0), 1)
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -163,6 +169,7 @@ class _Scan:
             "B_ROWS": B.ndim > 2,
             "C_ROWS": C.ndim > 2,
             "ZOH": discretization == "zoh",
+            "COMPLEX": self.complex,
             "VARLEN": cu_seqlens is not None,
             "REVERSE": reverse,
             "WARPS": self.warps,
@@ -193,8 +200,9 @@ class _Scan:
         return found
 
     def channels(self, kernel: Any) -> int:
-        # of more states than fit the registers of a lane, fewer channels
-        return _TILES[kernel.__name__].channels * self.warps if self.N <= 16 else 1024 // self.N
+        # of more states than fit the registers of a lane, fewer channels; complex ones take twice as many
+        widest = 512 if self.complex else 1024
+        return min(_TILES[kernel.__name__].channels, widest // self.N) * self.warps
 
     def blocks(self, kernel: Any) -> int:
         """Blocks of channels in a group."""
@@ -237,7 +245,8 @@ class _Scan:
         Not `whole`, nothing is known to leave the last.
         """
         last = states.new_empty(self.sequences, self.n, self.d) if whole else None
-        carry_kernel[(self.sequences * triton.cdiv(self.n * self.d, _CARRY_STATES),)](
+        numbers = self.n * self.d // (1 + self.complex)
+        carry_kernel[(self.sequences * triton.cdiv(numbers, _CARRY_STATES),)](
             **{key: value for key, value in self.arguments.items() if key in carry_kernel.arg_names},
             states_ptr=states,
             decays_ptr=decays,
@@ -265,16 +274,38 @@ class _Scan:
         """A gradient in the shape of B or C, from partial sums (k, n, d) or (k, b l, g, n)."""
         total = parts.sum(0)
         if like.ndim == 2:
-            return total.t()
+            return self.number(total.t())
         total = total.view(self.b, self.l, self.groups, self.n)
         if like.ndim == 3:
-            return total.sum(2) if self.groups > 1 else total[:, :, 0]
-        return total if like.shape[2] == self.groups else total.sum(2, keepdim=True)
+            return self.number(total.sum(2) if self.groups > 1 else total[:, :, 0])
+        return self.number(total if like.shape[2] == self.groups else total.sum(2, keepdim=True))
+
+    def number(self, x: Tensor) -> Tensor:
+        """Columns (..., n) as what they stand for: complex ones (..., n / 2) where they are pairs."""
+        return torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) if self.complex else x
+
+    def unstate(self, x: Tensor) -> Tensor:
+        """(s, n, d) -> (s, d, n)"""
+        return self.number(x.transpose(1, 2))
+
+    def unstep(self, dA: Tensor) -> Tensor:
+        """dA (d, n) from sums over chunks (n, d), of complex states of G h' and of G times the other of h'."""
+        if not self.complex:
+            return dA.t().clone(memory_format=torch.contiguous_format)
+        real, imaginary = dA.view(2, self.n // 2, 2, self.d)
+        return torch.complex(real.sum(1), imaginary[:, 1] - imaginary[:, 0]).t().contiguous()
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Complex numbers (..., n) -> their parts (..., 2 n)"""
+    return torch.view_as_real(x).flatten(-2)
 
 
 def _states(x: Tensor | None) -> Tensor | None:
     """(s, d, n) -> (s, n, d), float32"""
-    return None if x is None else x.float().transpose(1, 2).contiguous()
+    if x is None:
+        return None
+    return (_pairs(x) if x.is_complex() else x.float()).transpose(1, 2).contiguous()
 
 
 def _chunk_table(cu_seqlens: Tensor, plan: _Plan, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -315,17 +346,17 @@ def scan_fwd(
     """
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, delta_softplus, reverse, discretization)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    kept = A.new_empty(scan.plan.chunks, scan.n, scan.d)
-    decays = A.new_empty(scan.plan.chunks, scan.d)
+    kept = empty_starts(u, A, None if cu_seqlens is None else scan.sequences)
+    decays = kept.new_empty(scan.plan.chunks, scan.d)
     whole = return_final_state or start is not None
     scan.summarize(chunk_states_kernel, whole=whole, states_ptr=kept, decays_ptr=decays)
     if start is not None:
         end = scan.carry(kept.clone(), decays, None, backward=False, whole=True)
         assert end is not None
-        initial_state = start(end.transpose(1, 2), decays.view(scan.b, -1, scan.d).sum(1))
+        initial_state = start(scan.unstate(end), decays.view(scan.b, -1, scan.d).sum(1))
     last = scan.carry(kept, decays, _states(initial_state), backward=False, whole=whole)
     scan.launch(scan_fwd_kernel, states_ptr=kept, y_ptr=y)
-    return y, None if last is None else last.transpose(1, 2), kept
+    return y, None if last is None else scan.unstate(last), kept
 
 
 def scan_bwd(
@@ -372,9 +403,9 @@ def scan_bwd(
     scan.arguments |= shared
 
     grads, (chunks, n, d) = torch.empty_like(kept), kept.shape
-    decays, flows = A.new_empty(chunks, d), A.new_empty(chunks, d)
-    # of every chunk dA (n, d), dD (d,) and d bias (d,)
-    sums = A.new_empty(chunks, n + 2, d)
+    decays, flows = kept.new_empty(chunks, d), kept.new_empty(chunks, d)
+    # of every chunk dD (d,), d bias (d,) and dA (n, d), of complex states two
+    sums = kept.new_empty(chunks, 2 + n * (1 + scan.complex), d)
     whole = initial_state is not None
     scan.summarize(
         chunk_grads_kernel, whole=whole or end_gradient is not None, grads_ptr=grads, decays_ptr=decays
@@ -382,7 +413,7 @@ def scan_bwd(
     if end_gradient is not None:
         d_start = scan.carry(grads.clone(), decays, None, backward=True, whole=True)
         assert d_start is not None
-        d_final = end_gradient(d_start.transpose(1, 2))
+        d_final = end_gradient(scan.unstate(d_start))
     d_initial = scan.carry(grads, decays, _states(d_final), backward=True, whole=whole)
     parts = scan.partial_sums(C, forward_sweep_kernel, kept)
     scan.launch(
@@ -400,12 +431,12 @@ def scan_bwd(
     total = sums.sum(0)
     return (
         du,
-        d_delta if delta.ndim == 3 else total[n + 1].clone(),
-        total[:n].t().clone(memory_format=torch.contiguous_format),
+        d_delta if delta.ndim == 3 else total[1].clone(),
+        scan.unstep(total[2:]),
         scan.unmatrix(parts, B),
-        dC,
-        None if D is None else total[n].clone(),
+        2 * dC.conj_physical() if scan.complex else dC,
+        None if D is None else total[0].clone(),
         dz,
-        None if delta_bias is None else total[n + 1],
-        None if d_initial is None else d_initial.transpose(1, 2),
+        None if delta_bias is None else total[1],
+        None if d_initial is None else scan.unstate(d_initial),
     )

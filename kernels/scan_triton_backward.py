@@ -16,9 +16,12 @@ import triton.language as tl
 
 from .scan_triton_tiles import (
     LENGTHS,
+    ahead,
+    back,
     block,
     gain_by_A,
     hold,
+    load_A,
     load_matrix,
     load_row,
     load_rows,
@@ -28,6 +31,9 @@ from .scan_triton_tiles import (
     step_size,
     store_row,
     store_tile,
+    swapped,
+    times_A,
+    times_A_back,
 )
 from .triton_math import LN2, sigmoid, silu, softplus
 
@@ -104,7 +110,7 @@ def chunk_grads_kernel(
     DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, DY_TIME: tl.constexpr, MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, C_ROWS: tl.constexpr,
-    VARLEN: tl.constexpr, REVERSE: tl.constexpr, BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
+    COMPLEX: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr, BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The gradient that a chunk's own y give the state that enters it (n, d), and the sum of its steps (d,)."""
     columns = (d // size) * blocks
@@ -115,7 +121,7 @@ def chunk_grads_kernel(
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
-    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    A2, W2 = load_A(A_ptr, channels, states, exists, d, n, COMPLEX, EVEN)
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
     C_tile = 0.0 if C_ROWS else load_tile(C_ptr, channels, states, exists, d, n, EVEN)
@@ -146,7 +152,9 @@ def chunk_grads_kernel(
             for k in tl.static_range(U):
                 dt = step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS)
                 grad = dys[k].to(tl.float32) * (silu(zs[k]) if HAS_Z else 1.0)
-                G = tl.exp2(dt[:, None] * A2) * (G + grad[:, None] * (Cs[k][None, :] if C_ROWS else C_tile))
+                decay, turn, _ = hold(dt, A2, W2, False, COMPLEX)
+                G += grad[:, None] * (Cs[k][None, :] if C_ROWS else C_tile)
+                G = back(G, decay, turn, COMPLEX)
                 total += dt
             deltas, zs, dys, Cs = next_deltas, next_zs, next_dys, next_Cs
     for at in range(full * U, steps):
@@ -157,7 +165,8 @@ def chunk_grads_kernel(
         grad = load_row(dy + at * (ON * DY_TIME), exists, EVEN).to(tl.float32) * (
             silu(z_now) if HAS_Z else 1.0
         )
-        G = tl.exp2(dt[:, None] * A2) * (G + grad[:, None] * (C_row[None, :] if C_ROWS else C_tile))
+        decay, turn, _ = hold(dt, A2, W2, False, COMPLEX)
+        G = back(G + grad[:, None] * (C_row[None, :] if C_ROWS else C_tile), decay, turn, COMPLEX)
         total += dt
     store_tile(grads_ptr + i.to(tl.int64) * n * d, G, channels, states, exists, d, n, EVEN)
     store_row(decays_ptr + i.to(tl.int64) * d + channels, total, exists, EVEN)
@@ -172,7 +181,8 @@ def forward_sweep_kernel(
     MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sweep a chunk forward: dz, the parts of dA, dC and dD, and sum_n A C dy a h of every step for the sweep back."""
@@ -181,7 +191,7 @@ def forward_sweep_kernel(
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
-    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    A2, W2 = load_A(A_ptr, channels, states, exists, d, n, COMPLEX, EVEN)
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
@@ -206,6 +216,7 @@ def forward_sweep_kernel(
     left = h
     by_A = tl.zeros((BLOCK_D, N), tl.float32)
     dA = tl.zeros((BLOCK_D, N), tl.float32)
+    dA_swapped = dA if COMPLEX else 0.0
     pick = _pick_states(A2, states, WARPS, MMA, OPERAND)
     dC_tile = 0.0 if C_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     dD = tl.zeros((BLOCK_D,), tl.float32)
@@ -230,8 +241,8 @@ def forward_sweep_kernel(
             grad, slope = _split_gate(dy_row, z_row, HAS_Z)
             B_now = B_row[None, :] if B_ROWS else B_tile
             C_now = C_row[None, :] if C_ROWS else C_tile
-            decay, gain = hold(dt, A2, ZOH)
-            left = decay * h
+            decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
+            left = ahead(h, decay, turn, COMPLEX)
             h = left + (wide[:, None] * gain) * B_now
             if HAS_Z:
                 out = tl.sum(C_now * h, 1)
@@ -252,13 +263,18 @@ def forward_sweep_kernel(
                 )
             else:
                 dC_tile += grad[:, None] * h
-            term = tl.sum(A2 * C_now * left, 1) * (grad * LN2)
+            if COMPLEX:
+                term = tl.sum(C_now * times_A(left, A2, W2, COMPLEX), 1) * (grad * LN2)
+            else:
+                term = tl.sum(A2 * C_now * left, 1) * (grad * LN2)
             _store_terms(terms + at * (ON * Y_TIME), rest + at * (ON * Y_TIME), term, exists, SPLIT, EVEN)
             into = grad[:, None] * C_now
-            by_A = decay * by_A + dt[:, None] * left
+            by_A = ahead(by_A, decay, turn, COMPLEX) + dt[:, None] * left
             if ZOH:
                 by_A += gain_by_A(dt, A2, decay) * B_now * wide[:, None]
             dA += into * by_A
+            if COMPLEX:
+                dA_swapped += into * swapped(by_A)
             dD += grad * wide
             u_row, delta_row, z_row, dy_row, B_row, C_row = (
                 next_u,
@@ -269,11 +285,15 @@ def forward_sweep_kernel(
                 next_C,
             )
     G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
-    sums = sums_ptr + i.to(tl.int64) * (n + 2) * d
-    store_tile(sums, dA + G * by_A, channels, states, exists, d, n, EVEN)
-    store_row(sums + n * d + channels, dD, exists, EVEN)
+    sums = sums_ptr + i.to(tl.int64) * ((2 * n if COMPLEX else n) + 2) * d
+    store_row(sums + channels, dD, exists, EVEN)
+    store_tile(sums + 2 * d, dA + G * by_A, channels, states, exists, d, n, EVEN)
+    if COMPLEX:
+        dA_swapped += G * swapped(by_A)
+        store_tile(sums + (2 + n) * d, dA_swapped, channels, states, exists, d, n, EVEN)
     # what the gradient of the state that leaves the chunk adds to sum_n A g_n of its last step
-    store_row(flows_ptr + i.to(tl.int64) * d + channels, tl.sum(A2 * G * left, 1) * LN2, exists, EVEN)
+    flow = tl.sum(G * times_A(left, A2, W2, COMPLEX), 1) * LN2
+    store_row(flows_ptr + i.to(tl.int64) * d + channels, flow, exists, EVEN)
     if not C_ROWS:
         store_tile(dC_ptr + tile, dC_tile, channels, states, exists, d, n, EVEN)
 
@@ -300,7 +320,8 @@ def backward_sweep_kernel(
     MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sweep a chunk backward from the gradient of the state it leaves: du, d delta, the parts of dB and d bias."""
@@ -309,7 +330,7 @@ def backward_sweep_kernel(
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
-    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    A2, W2 = load_A(A_ptr, channels, states, exists, d, n, COMPLEX, EVEN)
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
@@ -334,7 +355,9 @@ def backward_sweep_kernel(
     tile = i.to(tl.int64) * n * d
     G = load_tile(grads_ptr + tile, channels, states, exists, d, n, EVEN)
     flow = load_row(flows_ptr + i.to(tl.int64) * d + channels, exists, EVEN)
-    slowest = tl.max(A2 if EVEN else tl.where(states[None, :] < n, A2, float("-inf")), 1)
+    numbers = n // 2 if COMPLEX else n
+    real = tl.arange(0, A2.shape[1])
+    slowest = tl.max(A2 if EVEN else tl.where(real[None, :] < numbers, A2, float("-inf")), 1)
     pick = _pick_states(A2, states, WARPS, MMA, OPERAND)
     dB_tile = 0.0 if B_ROWS else tl.zeros((BLOCK_D, N), tl.float32)
     d_bias = tl.zeros((BLOCK_D,), tl.float32)
@@ -366,8 +389,8 @@ def backward_sweep_kernel(
             grad, _ = _split_gate(dy_row, z_row, HAS_Z)
             B_now = B_row[None, :] if B_ROWS else B_tile
             C_now = C_row[None, :] if C_ROWS else C_tile
-            decay, G, summed, held, through, by_gain = _sweep_backward(
-                G, wide, dt, grad, B_now, C_now, A2, ZOH
+            decay, turn, G, summed, held, through, by_gain = _sweep_backward(
+                G, wide, dt, grad, B_now, C_now, A2, W2, ZOH, COMPLEX
             )
             # what follows the last step is in the flow that it begins with
             flow += _join(high, low, SPLIT) - tl.where(at > 0, through, 0.0)
@@ -385,7 +408,7 @@ def backward_sweep_kernel(
                 )
             else:
                 dB_tile += summed
-            G = decay * G
+            G = back(G, decay, turn, COMPLEX)
             u_row, delta_row, z_row, dy_row, B_row, C_row = (
                 next_u,
                 next_delta,
@@ -395,19 +418,21 @@ def backward_sweep_kernel(
                 next_C,
             )
             high, low = next_high, next_low
-    sums = sums_ptr + i.to(tl.int64) * (n + 2) * d
-    store_row(sums + (n + 1) * d + channels, d_bias, exists, EVEN)
+    sums = sums_ptr + i.to(tl.int64) * ((2 * n if COMPLEX else n) + 2) * d
+    store_row(sums + d + channels, d_bias, exists, EVEN)
     if not B_ROWS:
         store_tile(dB_ptr + tile, dB_tile, channels, states, exists, d, n, EVEN)
 
 
 @triton.jit
-def _sweep_backward(G, u, dt, grad, B, C, A2, ZOH: tl.constexpr):
-    """One step backward: its decay, the gradient of its state, and what it gives B u and delta."""
+def _sweep_backward(G, u, dt, grad, B, C, A2, W2, ZOH: tl.constexpr, COMPLEX: tl.constexpr):
+    """One step backward: its decay and turn, the gradient of its state, and what it gives B u and delta."""
     later = B * G
+    if COMPLEX:
+        through = tl.sum(B * times_A_back(G, A2, W2, COMPLEX), 1) * (dt * u * LN2)
     G += grad[:, None] * C
     if ZOH:
-        decay, gain = hold(dt, A2, ZOH)
+        decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
         later *= gain
         held = tl.sum(gain * B * G, 1)
         through = tl.sum(A2 * later, 1) * u * LN2
@@ -416,8 +441,9 @@ def _sweep_backward(G, u, dt, grad, B, C, A2, ZOH: tl.constexpr):
     else:
         both = tl.sum(B * G, 1)
         held = dt * both
-        through = tl.sum(A2 * later, 1) * (dt * u * LN2)
+        if not COMPLEX:
+            through = tl.sum(A2 * later, 1) * (dt * u * LN2)
         by_gain = u * both
         summed = G * (dt * u)[:, None]
-        decay, gain = hold(dt, A2, ZOH)
-    return decay, G, summed, held, through, by_gain
+        decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
+    return decay, turn, G, summed, held, through, by_gain

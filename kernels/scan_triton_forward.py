@@ -8,8 +8,11 @@ import triton.language as tl
 
 from .scan_triton_tiles import (
     LENGTHS,
+    ahead,
+    back,
     block,
     hold,
+    load_A,
     load_matrix,
     load_row,
     load_rows,
@@ -55,7 +58,7 @@ def chunk_states_kernel(
     l, d, n, size, blocks, length, per_sequence, u_batch, delta_batch,
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, MATRIX_TIME: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, B_ROWS: tl.constexpr, ZOH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr, B_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
     VARLEN: tl.constexpr, REVERSE: tl.constexpr, BUT_ONE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What a chunk makes of a state that was zero (n, d), and the sum of its steps (d,)."""
@@ -67,7 +70,7 @@ def chunk_states_kernel(
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
     batch, first, steps = place(i, table_ptr, l, length, per_sequence, VARLEN, REVERSE)
-    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    A2, W2 = load_A(A_ptr, channels, states, exists, d, n, COMPLEX, EVEN)
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
     B_tile = 0.0 if B_ROWS else load_tile(B_ptr, channels, states, exists, d, n, EVEN)
@@ -92,18 +95,18 @@ def chunk_states_kernel(
             next_Bs = load_matrix(B + t * (ON * MATRIX_TIME), ON * MATRIX_TIME, states, n, U, B_ROWS, EVEN)
             for k in tl.static_range(U):
                 dt = step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS)
-                decay, gain = hold(dt, A2, ZOH)
+                decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
                 x = us[k].to(tl.float32)[:, None] * gain
-                h = decay * h + x * (Bs[k][None, :] if B_ROWS else B_tile)
+                h = ahead(h, decay, turn, COMPLEX) + x * (Bs[k][None, :] if B_ROWS else B_tile)
                 total += dt
             us, deltas, Bs = next_us, next_deltas, next_Bs
     for t in range(full * U, steps):
         row = load_row(delta + t * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
         dt = step_size(row, bias, SOFTPLUS)
-        decay, gain = hold(dt, A2, ZOH)
+        decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
         x = load_row(u + t * (ON * U_TIME), exists, EVEN).to(tl.float32)[:, None] * gain
         B_now = load_matrix(B + t * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
-        h = decay * h + x * (B_now[None, :] if B_ROWS else B_tile)
+        h = ahead(h, decay, turn, COMPLEX) + x * (B_now[None, :] if B_ROWS else B_tile)
         total += dt
     store_tile(states_ptr + i.to(tl.int64) * n * d, h, channels, states, exists, d, n, EVEN)
     store_row(decays_ptr + i.to(tl.int64) * d + channels, total, exists, EVEN)
@@ -113,43 +116,48 @@ def chunk_states_kernel(
 def carry_kernel(
     A_ptr, states_ptr, decays_ptr, first_ptr, last_ptr, counts_ptr, d, n, per_sequence,
     BLOCK: tl.constexpr, U: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, BACKWARD: tl.constexpr,
-    VARLEN: tl.constexpr,
+    COMPLEX: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks of a sequence: replace what each makes of zero by the state that enters it.
 
-    Backward, the same for gradients, from the last chunk to the first. Every state goes its own way, so that a
-    program takes any of the n d.
+    Backward, the same for gradients, from the last chunk to the first. Every state, or pair that is a complex one, goes
+    its own way, so that a program takes any of them (BLOCK, 1 or 2).
     """
-    blocks = tl.cdiv(n * d, BLOCK)
+    PARTS: tl.constexpr = 2 if COMPLEX else 1
+    blocks = tl.cdiv(n // PARTS * d, BLOCK)
     sequence = tl.program_id(0) // blocks
-    own = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    exists = own < n * d
-    channels = own % d
+    numbers = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    channels, exists = numbers % d, numbers < n // PARTS * d
+    own = ((numbers // d) * PARTS * d + channels)[:, None] + tl.arange(0, PARTS)[None, :] * d
+    some = exists[:, None]
     if VARLEN:
         start = tl.load(counts_ptr + sequence)
         count = tl.load(counts_ptr + sequence + 1) - start
     else:
         start = sequence * per_sequence
         count = per_sequence
-    A2 = tl.load(A_ptr + own, mask=exists, other=0.0)
-    h = tl.zeros((BLOCK,), tl.float32)
+    A2 = tl.load(A_ptr + numbers, mask=exists, other=0.0)[:, None]
+    W2 = tl.load(A_ptr + n // 2 * d + numbers, mask=exists, other=0.0)[:, None] if COMPLEX else 0.0
+    h = tl.zeros((BLOCK, PARTS), tl.float32)
     if HAS_FIRST:
-        h = tl.load(first_ptr + sequence.to(tl.int64) * n * d + own, mask=exists, other=0.0)
+        h = tl.load(first_ptr + sequence.to(tl.int64) * n * d + own, mask=some, other=0.0)
     for m in range(0, count, U):
         # U loads under way at once; past the end they repeat the last, and nothing is made of them
         owns, totals = (), ()
         for k in tl.static_range(U):
             at = tl.minimum(m + k, count - 1)
             at = (start + (count - 1 - at if BACKWARD else at)).to(tl.int64)
-            owns = owns + (tl.load(states_ptr + at * n * d + own, mask=exists, other=0.0),)  # noqa: RUF005
+            owns = owns + (tl.load(states_ptr + at * n * d + own, mask=some, other=0.0),)  # noqa: RUF005
             totals = totals + (tl.load(decays_ptr + at * d + channels, mask=exists, other=0.0),)  # noqa: RUF005
         for k in tl.static_range(U):
             if m + k < count:
                 at = (start + (count - 1 - m - k if BACKWARD else m + k)).to(tl.int64)
-                tl.store(states_ptr + at * n * d + own, h, mask=exists)
-                h = tl.exp2(totals[k] * A2) * h + owns[k]
+                tl.store(states_ptr + at * n * d + own, h, mask=some)
+                decay, turn, _ = hold(totals[k], A2, W2, False, COMPLEX)
+                h = back(h, decay, turn, COMPLEX) if BACKWARD else ahead(h, decay, turn, COMPLEX)
+                h += owns[k]
     if HAS_LAST:
-        tl.store(last_ptr + sequence.to(tl.int64) * n * d + own, h, mask=exists)
+        tl.store(last_ptr + sequence.to(tl.int64) * n * d + own, h, mask=some)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -159,7 +167,8 @@ def scan_fwd_kernel(
     U_TIME: tl.constexpr, DELTA_TIME: tl.constexpr, Z_TIME: tl.constexpr, Y_TIME: tl.constexpr,
     MATRIX_TIME: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, U: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, DELTA_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+    B_ROWS: tl.constexpr, C_ROWS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    VARLEN: tl.constexpr, REVERSE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Write y of a chunk from the state that enters it."""
@@ -167,7 +176,7 @@ def scan_fwd_kernel(
     i, j = tl.program_id(0) // columns, tl.program_id(0) % columns
     group, channels, exists = block(j, blocks, size, BLOCK_D, VECTOR)
     states = tl.arange(0, N)
-    A2 = load_tile(A_ptr, channels, states, exists, d, n, EVEN)
+    A2, W2 = load_A(A_ptr, channels, states, exists, d, n, COMPLEX, EVEN)
     bias = load_row(bias_ptr + channels, exists, EVEN) if HAS_BIAS else 0.0
     skip = load_row(D_ptr + channels, exists, EVEN) if HAS_D else 0.0
     raw = 0.0 if DELTA_ROWS else load_row(delta_ptr + channels, exists, EVEN)
@@ -207,8 +216,10 @@ def scan_fwd_kernel(
                 dts = dts + (step_size(deltas[k] if DELTA_ROWS else raw, bias, SOFTPLUS),)  # noqa: RUF005
                 gates = gates + ((silu(zs[k]) if HAS_Z else 1.0),)  # noqa: RUF005
             for k in tl.static_range(U):
-                decay, gain = hold(dts[k], A2, ZOH)
-                h = decay * h + (wides[k][:, None] * gain) * (Bs[k][None, :] if B_ROWS else B_tile)
+                decay, turn, gain = hold(dts[k], A2, W2, ZOH, COMPLEX)
+                h = ahead(h, decay, turn, COMPLEX) + (wides[k][:, None] * gain) * (
+                    Bs[k][None, :] if B_ROWS else B_tile
+                )
                 out = tl.sum(h * (Cs[k][None, :] if C_ROWS else C_tile), 1)
                 out = (out + skip * wides[k] if HAS_D else out) * gates[k]
                 store_row(y + (m * U + k) * (ON * Y_TIME), out, exists, EVEN)
@@ -217,11 +228,11 @@ def scan_fwd_kernel(
         u_now = load_row(u + t * (ON * U_TIME), exists, EVEN).to(tl.float32)
         row_now = load_row(delta + t * (ON * DELTA_TIME), exists, EVEN) if DELTA_ROWS else raw
         dt = step_size(row_now, bias, SOFTPLUS)
-        decay, gain = hold(dt, A2, ZOH)
+        decay, turn, gain = hold(dt, A2, W2, ZOH, COMPLEX)
         B_now = load_matrix(B + t * (ON * MATRIX_TIME), 0, states, n, 1, B_ROWS, EVEN)[0]
         C_now = load_matrix(C + t * (ON * MATRIX_TIME), 0, states, n, 1, C_ROWS, EVEN)[0]
         z_now = load_rows(z + t * (ON * Z_TIME), 0, exists, 1, HAS_Z, EVEN)[0]
-        h = decay * h + (u_now[:, None] * gain) * (B_now[None, :] if B_ROWS else B_tile)
+        h = ahead(h, decay, turn, COMPLEX) + (u_now[:, None] * gain) * (B_now[None, :] if B_ROWS else B_tile)
         out = tl.sum(h * (C_now[None, :] if C_ROWS else C_tile), 1)
         out = (out + skip * u_now if HAS_D else out) * (silu(z_now) if HAS_Z else 1.0)
         store_row(y + t * (ON * Y_TIME), out, exists, EVEN)

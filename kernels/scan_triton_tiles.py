@@ -1,5 +1,8 @@
 """What the kernels of the selective scan share: how a program finds its part, and the arithmetic of a step.
 
+A complex state is a pair of columns, its real part and its imaginary part, which exp(delta A) turns and shrinks. B and
+C are pairs as well, C such that a plain sum over columns is the real part of a product.
+
 A program holds a tile (BLOCK_D, N), some channels with all their states, in the registers of its warps. It walks over a
 chunk of time in groups of U steps, whose loads are under way while the group before is worked on; what does not
 fill a group at the end of a chunk is walked over a step at a time, and the sweeps of the backward, whose registers are
@@ -10,7 +13,7 @@ address is a base and an offset in the instruction: they are a model's widths, n
 import triton
 import triton.language as tl
 
-from .triton_math import LN2, expm1_over, softplus
+from .triton_math import LN2, LN2_TURNS, expm1_over, rotation, softplus
 
 # arguments that change with every batch: no kernel is compiled anew for their values
 LENGTHS = ("l", "rows", "per_sequence")
@@ -25,14 +28,71 @@ def step_size(raw, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def hold(delta, A2, ZOH: tl.constexpr):
-    """The decay over a step (BLOCK_D, N) and the gain of B u, (BLOCK_D, N) or (BLOCK_D, 1); A2 is A log2(e)."""
+def load_A(ptr, channels, states, exists, d, n, COMPLEX: tl.constexpr, EVEN: tl.constexpr):
+    """A log2(e) (BLOCK_D, N); of a complex one the real part (BLOCK_D, N / 2), and the imaginary part, else 0."""
+    if COMPLEX:
+        pairs = tl.arange(0, states.shape[0] // 2)
+        real = load_tile(ptr, channels, pairs, exists, d, n // 2, EVEN)
+        return real, load_tile(ptr + (n // 2) * d, channels, pairs, exists, d, n // 2, EVEN)
+    else:  # noqa: RET505
+        return load_tile(ptr, channels, states, exists, d, n, EVEN), 0.0
+
+
+@triton.jit
+def _pairs(first, second):
+    """Tiles (BLOCK_D, N / 2) as columns that alternate (BLOCK_D, N)."""
+    both = tl.join(first, second)
+    return tl.reshape(both, (both.shape[0], both.shape[1] * 2))
+
+
+@triton.jit
+def swapped(x):
+    """x (BLOCK_D, N) with the columns of every pair exchanged."""
+    first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return _pairs(second, first)
+
+
+@triton.jit
+def hold(delta, A2, W2, ZOH: tl.constexpr, COMPLEX: tl.constexpr):
+    """The decay over a step (BLOCK_D, N) and the gain of B u, (BLOCK_D, N) or (BLOCK_D, 1); A2 is A log2(e).
+
+    Of a complex A2 + i W2 the decay is what multiplies a state, and the turn what multiplies the other of its pair.
+    """
     x2 = delta[:, None] * A2
     decay = tl.exp2(x2)
     gain = delta[:, None]
+    turn = 0.0
+    if COMPLEX:
+        cosine, sine = rotation((delta * LN2_TURNS)[:, None] * W2)
+        turn = _pairs(decay * -sine, decay * sine)
+        decay = _pairs(decay * cosine, decay * cosine)
     if ZOH:
         gain = gain * expm1_over(x2 * LN2, decay)
-    return decay, gain
+    return decay, turn, gain
+
+
+@triton.jit
+def ahead(h, decay, turn, COMPLEX: tl.constexpr):
+    """The state a step on, exp(delta A) h."""
+    return decay * h + turn * swapped(h) if COMPLEX else decay * h
+
+
+@triton.jit
+def back(G, decay, turn, COMPLEX: tl.constexpr):
+    """The gradient a step before, by the transpose of what takes states ahead."""
+    return decay * G - turn * swapped(G) if COMPLEX else decay * G
+
+
+@triton.jit
+def times_A(x, A2, W2, COMPLEX: tl.constexpr):
+    """A log2(e) x"""
+    return _pairs(A2, A2) * x + _pairs(-W2, W2) * swapped(x) if COMPLEX else A2 * x
+
+
+@triton.jit
+def times_A_back(G, A2, W2, COMPLEX: tl.constexpr):
+    """The same, transposed: <times_A(x), G> = <x, times_A_back(G)>."""
+    return _pairs(A2, A2) * G - _pairs(-W2, W2) * swapped(G) if COMPLEX else A2 * G
 
 
 @triton.jit

@@ -5,6 +5,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# turns of a radian, times LN2
+LN2_TURNS = tl.constexpr(0.11031780007632579)
 
 
 @triton.jit
@@ -27,6 +29,19 @@ def softplus(x):
     tail = 0.1774524 + e * (-0.107681692 + e * (0.0440896153 + e * -0.00853920449))
     tail = 0.999999821 + e * (-0.499974042 + e * (0.332754791 + e * (-0.244954616 + e * tail)))
     return tl.maximum(x, 0.0) + e * tail
+
+
+@triton.jit
+def rotation(turns):
+    """cos and sin of so many turns, 2 pi each, to 2e-7: of what is left of half turns, by polynomials."""
+    halves = tl.floor(2.0 * turns + 0.5)
+    r = turns - 0.5 * halves
+    s = r * r
+    sine = r * (6.28318528 + s * (-41.3416807 + s * (81.6024807 + s * (-76.5812846 + s * 39.7607221))))
+    cosine = 64.9393466 + s * (-85.4535682 + s * (60.1439523 + s * -24.9818362))
+    cosine = 1.0 + s * (-19.7392085 + s * cosine)
+    sign = 1.0 - 4.0 * tl.abs(0.5 * halves - tl.floor(0.5 * halves))
+    return sign * cosine, sign * sine
 
 
 @triton.jit

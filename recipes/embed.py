@@ -1,22 +1,24 @@
-"""The verb `embed`: a model's vectors of the records of a genome, or of intervals of it, as arrays in one file.
+"""The verb `embed`: a model's vectors of the records of a genome, or of intervals of it, in one file for numpy.
 
     embeddings                        (rows, d) float32; without pooling (bases, d), row after row
     offsets                           (rows + 1,): where the bases of each row are, without pooling
     name, chrom, start, end, strand   (rows,): what each row is of, as in BED
 
-A sequence on the strand - is read from that side, and so are its bases.
+A Parquet file has the columns name to strand and, as `embedding`, each row's vector or list of vectors. A sequence on
+the strand - is read from that side, and so are its bases.
 """
 
 import sys
 import time
-import zipfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 from .dna import add_arguments as add_common_arguments
 from .dna import check_input, check_output, load_model, open_genome
+from .vectors import FORMATS, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,22 +29,12 @@ if TYPE_CHECKING:
 NAME, SUMMARY = "embed", "write a model's vectors of sequences of DNA"
 
 
-class Row(NamedTuple):
-    """A sequence to read: what it is called and where it is."""
-
-    name: str
-    chrom: str
-    start: int
-    end: int
-    strand: str
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     add_common_arguments(parser)
     parser.add_argument(
         "--bed", help="intervals of the genome, one for each row, on the strand in column 6; else its records"
     )
-    parser.add_argument("--output", required=True, help="a file of arrays for numpy (.npz)")
+    parser.add_argument("--output", required=True, help="arrays for numpy (.npz), or a table (.parquet)")
     parser.add_argument(
         "--pool",
         choices=("mean", "last", "none"),
@@ -57,7 +49,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     if arguments.window < 1:
         raise ValueError(f"--window must be 1 or more, not {arguments.window}")
-    path = check_output(arguments.output, ".npz")
+    path = check_output(arguments.output, *FORMATS)
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ValueError("--output: Parquet needs pyarrow: pip install 'mambazoo[parquet]', or write .npz")
     bed = None if arguments.bed is None else check_input(arguments.bed, "--bed")
 
     import torch
@@ -86,7 +80,8 @@ def run(arguments: Namespace) -> int:
 
     def write(file: IO[bytes]) -> None:
         with progress("embedding", shape[0]) as advance, autocast(model.device):
-            _save(file, rows, shape, _vectors(reader, genome, rows, arguments.window), advance, per_base)
+            vectors = _vectors(reader, genome, rows, arguments.window)
+            FORMATS[path.suffix](file, rows, shape, vectors, advance, per_base)
 
     try:
         write_whole(path, write)
@@ -155,32 +150,3 @@ def _tokens(genome: "Genome", row: Row, start: int, end: int) -> "Tensor":
         start, end = row.end - row.start - end, row.end - row.start - start
     sequence = genome.read(row.chrom, row.start + start, row.start + end)
     return torch.from_numpy(tokens_of(reverse_complement(sequence) if row.strand == "-" else sequence)).long()
-
-
-def _save(
-    file: IO[bytes],
-    rows: list[Row],
-    shape: tuple[int, int],
-    vectors: "Iterator[Tensor]",
-    advance: Callable[[int], None],
-    per_base: bool,
-) -> None:
-    """Write the arrays as numpy.savez does; the vectors go to the file as they come."""
-    import numpy as np
-    from numpy.lib import format as npy
-
-    columns = {
-        key: np.array(values) for key, values in zip(Row._fields, zip(*rows, strict=True), strict=True)
-    }
-    if per_base:
-        columns["offsets"] = np.concatenate([[0], np.cumsum(columns["end"] - columns["start"])])
-    with zipfile.ZipFile(file, "w") as archive:
-        for key, values in columns.items():
-            with archive.open(f"{key}.npy", "w") as member:
-                npy.write_array(member, values)  # type: ignore[no-untyped-call]
-        with archive.open("embeddings.npy", "w", force_zip64=True) as member:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            npy.write_array_header_1_0(member, header)  # type: ignore[no-untyped-call]
-            for part in vectors:
-                member.write(part.cpu().numpy().astype("<f4").tobytes())
-                advance(len(part))

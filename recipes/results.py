@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -250,7 +251,7 @@ def draw_measurements(rows: list[Row], path: Path) -> bool:
         # a scale that makes much of small differences would mislead
         axes.set_yscale("log") if max(values) > 10 * min(values) else axes.set_ylim(0, 1.1 * max(values))
         axes.set(title=name, xlabel="length or batch", ylabel=unit)
-        axes.legend()
+        axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=100)
     return True
 
@@ -293,10 +294,20 @@ def _by_model(entries: list[Row]) -> list[Row]:
 
 
 def _origin(rows: list[Row]) -> str:
-    """Where lines come from, in a sentence."""
-    commands = ", ".join(f"`{command}`" for command in _distinct(row.get("command") for row in rows))
+    """Where lines come from, in a sentence; of commands, what their tables do not say."""
+    told = {"seed_everything", "data.seed", *(key for row in rows for key in row.get("over", {}))}
+    commands = ", ".join(
+        f"`{command}`" for command in _distinct(_without(row.get("command"), told) for row in rows)
+    )
     commits = ", ".join(commit[:7] + "+" * commit.endswith("+") for commit in _distinct(map(_commit, rows)))
     return f"{commands} at commit {commits} on {'; '.join(_distinct(map(_hardware, rows)))}."
+
+
+def _without(command: str | None, keys: set[str]) -> str | None:
+    """A command without its overrides of some keys."""
+    if command is None or "=" not in command:
+        return command
+    return shlex.join(word for word in shlex.split(command) if word.partition("=")[0] not in keys)
 
 
 def _distinct(values: Iterable[Any]) -> Iterator[str]:

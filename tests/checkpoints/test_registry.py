@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import Any, ClassVar
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from huggingface_hub import constants, errors
 from mambazoo.checkpoints import registry, remote
 from mambazoo.checkpoints.io import Stored, empty, export, from_pretrained, load, read, save_pretrained
 from mambazoo.checkpoints.registry import entries, find, locate
+from mambazoo.datamodules.alphabet import Nucleotides
 from mambazoo.datamodules.vocab import train_bpe
 from mambazoo.recipes.cli import main
 from mambazoo.zoo.config import SIZES
@@ -71,14 +74,53 @@ def test_the_released_models_have_names() -> None:
     for name in names:
         entry = find(name)
         assert entry is not None
-        assert find(f"state-spaces/{name}") is entry
-        assert entry.weights == f"hf:state-spaces/{name}"
         assert entry.licence
+        if entry.weights != "shipped":
+            assert find(f"state-spaces/{name}") is entry
+            assert entry.weights == f"hf:state-spaces/{name}"
+
+
+SHIPPED = [entry for entry in entries() if entry.weights == "shipped"]
+
+
+@pytest.mark.parametrize("entry", SHIPPED, ids=lambda entry: entry.name)
+def test_a_shipped_model_is_what_its_entry_and_card_say(entry: registry.Entry) -> None:
+    folder = locate(entry.name)[0]
+    model = from_pretrained(entry.name)
+    assert sum(p.numel() for p in model.parameters()) == entry.parameters
+    assert all(p.isfinite().all() for p in model.parameters())
+    card = (folder / "README.md").read_text()
+    assert f"{entry.parameters:,} parameters" in card
+    assert str(entry.commit) in card
+    assert (folder / "loss.png").stat().st_size > 0
+
+
+def test_shipped_weights_stay_small() -> None:
+    sizes = [(locate(entry.name)[0] / "model.safetensors").stat().st_size for entry in SHIPPED]
+    assert sum(sizes) <= 24 << 20
+
+
+def test_the_shipped_dna_model_knows_dna() -> None:
+    # the consensus of AluY, of which the human genome has 100,000 copies
+    text = (
+        "GGCCGGGCGCGGTGGCTCACGCCTGTAATCCCAGCACTTTGGGAGGCCGAGGCGGGCGGATCACGAGGTCAGGAGATCGAGACCATCCCGGCTAAAACGG"
+        "TGAAACCCCGTCTCTACTAAAAATACAAAAAATTAGCCGGGCGTGGTGGCGGGCGCCTGTAGTCCCAGCTACTCGGGAGGCTGAGGCAGGAGAATGGCGT"
+        "GAACCCGGGAGGCGGAGCTTGCAGTGAGCCGAGATCGCGCCACTGCACTCCAGCCTGGGCGACAGAGCGAGACTCCGTCTC"
+    )
+    model, vocabulary = load("dna-7m")
+    assert vocabulary == Nucleotides().to_dict()
+    tokens = torch.tensor([Nucleotides().encode(text.encode()).tolist()])
+    with torch.inference_mode():
+        logits, _ = model(tokens[:, :-1])
+    bits = F.cross_entropy(logits.mT.float(), tokens[:, 1:]) / math.log(2)
+    assert bits < 0.5
 
 
 def test_the_registry_says_how_many_parameters_there_are() -> None:
     counts = {}
     for entry in entries():
+        if entry.weights == "shipped":
+            continue
         assert entry.size in SIZES
         if entry.size not in counts:
             arguments = {"backbone": {"size": entry.size}, "vocab_size": 50280}

@@ -104,6 +104,8 @@ SPECIALISATIONS = [
         (64, 16, torch.bfloat16, {"without": ("D", "z", "delta_bias", "initial_state")}, False, "euler"),
         (130, 20, torch.bfloat16, {"without": ("z",)}, False, "euler"),
         (768, 16, torch.bfloat16, {}, False, "euler"),
+        (64, 8, torch.float32, {"complex_": True}, False, "euler"),
+        (48, 5, torch.float32, {"complex_": True, "groups": 3}, True, "euler"),
     ]
 ]
 

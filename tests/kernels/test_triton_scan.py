@@ -180,16 +180,40 @@ def test_repeats_bitwise() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_operator_passes_opcheck(packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "complex_"), [(False, False), (True, False), (False, True)])
+def test_operator_passes_opcheck(packed: bool, complex_: bool) -> None:
     torch.use_deterministic_algorithms(False)
-    p = scan_problem(b=1 if packed else 2, l=9, d=8, n=4, dtype=F32, sequences=2 if packed else None)
+    sequences = 2 if packed else None
+    p = scan_problem(b=1 if packed else 2, l=9, d=8, n=4, dtype=F32, sequences=sequences, complex_=complex_)
     p = {name: x.detach().to(DEVICE).requires_grad_() for name, x in p.items()}
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE) if packed else None
     torch.library.opcheck(_scan, (*p.values(), bounds, True, True, False, "euler", "triton"))
 
 
-def test_complex_matrices_take_the_torch_back_end() -> None:
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"n": 3, "d": 33}, {}),
+        ({"n": 8, "groups": 2}, {"reverse": True}),
+        ({"constant": ("delta", "B", "C")}, {}),
+        ({"dtype": BF16, "without": ("D", "z", "delta_bias", "initial_state")}, {"tolerance": 2e-2}),
+        *([({"n": 100, "l": 300}, {}), ({"n": 32, "l": 1000}, {"reverse": True})] if ON_GPU else []),
+    ],
+    ids=str,
+)
+def test_complex_states(options: Options, flags: Options) -> None:
+    compare({"b": 1, "l": 13, "d": 64, "complex_": True, **options}, **flags)
+
+
+def test_complex_states_of_packed_sequences() -> None:
+    bounds = [0, 3, 3, 14, 15, 24]
+    compare({"b": 1, "l": 24, "d": 40, "sequences": 5, "complex_": True}, bounds=bounds)
+
+
+def test_the_exact_hold_of_complex_states_takes_the_torch_back_end() -> None:
     p = {name: x.to(DEVICE) for name, x in scan_problem(complex_=True, dtype=F32).items()}
-    found = selective_scan(**p, delta_softplus=True, backend="triton")[0]
-    assert torch.equal(found, selective_scan(**p, delta_softplus=True, backend="torch")[0])
+    found, truth = (
+        selective_scan(**p, delta_softplus=True, discretization="zoh", backend=backend)[0]
+        for backend in ("triton", "torch")
+    )
+    assert torch.equal(found, truth)
