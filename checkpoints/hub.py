@@ -36,7 +36,7 @@ FIELDS: dict[str, tuple[str | None, str | None]] = {
     "mamba.bias": ("ssm_cfg.bias", "use_bias"),
 }
 # what a trained model no longer depends on
-_OF_TRAINING = ("checkpoint_activations", "mamba.a_init")
+_OF_TRAINING = ("checkpoint_activations", "dropout", "mamba.a_init")
 
 # what a weight is called there; {} is a layer's number
 _LAYER = (

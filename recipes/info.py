@@ -93,7 +93,9 @@ def _layer(row: "BackboneConfig", tokens: int, activation_bytes: int) -> int:
     d_inner = row.mamba.expand * row.d_model
     # the norm's output, both halves of in_proj, and the scan's input, step and output, for each direction
     directions = 1 if row.bidirectional is None else 2
-    return _strands(row) * tokens * activation_bytes * (row.d_model + 5 * d_inner * directions)
+    # one block's B and C are next to nothing
+    matrices = 2 * row.mamba.d_state * (row.mamba.heads - 1)
+    return _strands(row) * tokens * activation_bytes * (row.d_model + (5 * d_inner + matrices) * directions)
 
 
 def _stream(row: "BackboneConfig", tokens: int) -> int:

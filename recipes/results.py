@@ -77,7 +77,13 @@ class Experiment(NamedTuple):
     @property
     def metrics(self) -> list[str]:
         found = [name for _, rows in self.cells for row in rows for name in scores(row)]
-        return list(dict.fromkeys([*found, *(entry["metric"] for entry in published(self.recipe))]))
+        return list(dict.fromkeys([*found, *(entry["metric"] for entry in self.published)]))
+
+    @property
+    def published(self) -> list[Row]:
+        """What papers report of it; of several experiments of theirs, the one that varies what these runs vary."""
+        entries, keys = published(self.recipe), self.cells[0][0].keys()
+        return [entry for entry in entries if entry.get("over", {}).keys() in (set(), keys)] or entries
 
     @property
     def by_length(self) -> tuple[list[str], dict[str, list[tuple[int, str]]]]:
@@ -142,9 +148,7 @@ def _table(experiment: Experiment, metrics: list[str], heads: list[str], costs: 
         name = f"*published: {entry['model']} ({entry['source']})*"
         return [name, *[""] * len(first), *numbers, *[""] * len(costs)]
 
-    waiting = [
-        entry for entry in _by_model(published(experiment.recipe)) if entry["values"].keys() & set(metrics)
-    ]
+    waiting = [entry for entry in _by_model(experiment.published) if entry["values"].keys() & set(metrics)]
     for over, rows in experiment.cells:
         done = [row for row in rows if "failed" not in row]
         numbers = [_mean(scores(row)[name] for row in done if name in scores(row)) for name in metrics]
@@ -199,7 +203,7 @@ def draw_experiment(experiment: Experiment, path: Path) -> bool:
             axes.plot([i] * len(values), values, "o", color="C0", alpha=0.6)
             claims = [
                 entry["value"]
-                for entry in published(experiment.recipe)
+                for entry in experiment.published
                 if entry["metric"] == name and entry.get("over") == over
             ]
             axes.plot([i] * len(claims), claims, "D", color="C3", fillstyle="none", label="published")
@@ -211,7 +215,7 @@ def draw_experiment(experiment: Experiment, path: Path) -> bool:
                 points = [(x, scores(row)[key]) for x, key in members if key in scores(row)]
                 xs, ys = [x for x, _ in points], [y for _, y in points]
                 axes.plot(xs, ys, "o-", color=f"C{i}", label="" if j else labels[i], alpha=0.7)
-        for entry in _by_model(published(experiment.recipe)):
+        for entry in _by_model(experiment.published):
             points = [(x, entry["values"][key]) for x, key in members if key in entry["values"]]
             if not points:
                 continue

@@ -38,7 +38,10 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> str:
-        text = ",".join([*(override.rpartition(".")[2] for override in self.overrides), f"seed={self.seed}"])
+        # a value may have a dot too
+        parts = [override.partition("=") for override in self.overrides]
+        named = [f"{key.rpartition('.')[2]}={value}" for key, _, value in parts]
+        text = ",".join([*named, f"seed={self.seed}"])
         # values may hold anything; what a folder cannot be called by is told apart by a digest
         plain = re.sub(r"[^\w.,=+*-]+", "_", text)[:150]
         return plain if plain == text else f"{plain}-{_digest(text)}"

@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from .norms import statistics
+
 
 class Average(L.Callback):
     """Keep an exponential moving average of the weights; validate it, and make it what a checkpoint's reader gets.
@@ -62,7 +64,11 @@ class Average(L.Callback):
         step = trainer.global_step
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         weights = self._weights(pl_module)
-        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], share)
+        for kind in (True, False):
+            names = [name for name in self.average if isinstance(weights[name], torch.nn.Parameter) == kind]
+            if names:
+                averages = [self.average[name] for name in names]
+                torch._foreach_lerp_(averages, [weights[name] for name in names], share)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap(pl_module)
@@ -83,4 +89,6 @@ class Average(L.Callback):
             value.copy_(kept)
 
     def _weights(self, model: L.LightningModule) -> dict[str, Tensor]:
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+        """What is averaged: what is trained, and what norms found usual of it."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return {**trained, **statistics(model)}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import Block, RMSNorm
+from .block import Block
 from .config import BackboneConfig
+from .norms import build_norm
 from .strands import join_strands, split_strands
 
 
@@ -42,7 +43,7 @@ class Blocks(nn.Module):
         *,
         state: list[Any] | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, list[Any] | None]:
+    ) -> tuple[Tensor, Tensor | None, list[Any] | None]:
         """Add x (b, l, d_model) to the stream; return the same pair after the blocks and, if one came in, the state."""
         states = []
         for i, layer in enumerate(self.blocks):
@@ -52,16 +53,14 @@ class Blocks(nn.Module):
             else:
                 x, residual, after = layer(x, residual, before, cu_seqlens)
             states.append(after)
-        assert residual is not None
         return x, residual, None if state is None else states
 
     def stream_step(
         self, x: Tensor, residual: Tensor | None, state: list[Any]
-    ) -> tuple[Tensor, Tensor, list[Any]]:
+    ) -> tuple[Tensor, Tensor | None, list[Any]]:
         """The same for one token x (b, d_model); the state is moved on in place."""
         for i, layer in enumerate(self.blocks):
             x, residual, state[i] = layer.step(x, residual, state[i])
-        assert residual is not None
         return x, residual, state
 
     def init_state(
@@ -80,7 +79,8 @@ class Backbone(Blocks):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        if config.prenorm:
+            self.norm_f = build_norm(config)
 
     def forward(
         self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
@@ -95,7 +95,7 @@ class Backbone(Blocks):
         if strands:
             x, cu_seqlens = split_strands(x, cu_seqlens)
         x, residual, state = self.stream(x, state=state, cu_seqlens=cu_seqlens)
-        y, _ = self.norm_f(x, residual)
+        y = self._leave(x, residual)
         if strands:
             y = join_strands(y, packed=packed)
         return y, state
@@ -104,8 +104,11 @@ class Backbone(Blocks):
         """Map one token x (b, d_model); the state is moved on in place."""
         self._require_a_state()
         x, residual, state = self.stream_step(x, None, state)
-        y, _ = self.norm_f(x, residual)
-        return y, state
+        return self._leave(x, residual), state
+
+    def _leave(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The stream as it is read; the last block has normed it where norms come after layers."""
+        return self.norm_f(x, residual)[0] if self.config.prenorm else x
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

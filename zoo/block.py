@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.norm import rms_norm
 from .attention import Attention
 from .bidirectional import Bidirectional
 from .config import BackboneConfig
 from .lstm import LSTM
 from .mamba import Mamba
 from .mixer import Mixer
+from .norms import build_norm
 from .s4d import S4D
 
 
@@ -35,18 +34,6 @@ def _build_one(name: str, config: BackboneConfig) -> Mixer:
     return builders[name]()
 
 
-class RMSNorm(nn.Module):
-    """Add to the residual stream, which stays in float32, and normalise it (kernels/norm.py)."""
-
-    def __init__(self, d: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.eps = eps
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
-
-
 class MLP(nn.Module):
     """The gated MLP, silu(x W1) * (x W2) projected back (Shazeer, 2002.05202)."""
 
@@ -61,34 +48,49 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer. What the layer before it adds comes apart from the stream, so that adding and norming fuse."""
+    """A layer. What the layer before it adds comes apart from the stream, so that adding and norming fuse.
+
+    Where norms come after layers, the stream comes as one, without a residual apart.
+    """
 
     def __init__(self, mixer: str, config: BackboneConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = build_norm(config)
         self.mixer = build_mixer(mixer, config)
+        self.prenorm, self.dropout = config.prenorm, config.dropout
         if config.d_mlp:
-            self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+            self.norm2 = build_norm(config)
             self.mlp = MLP(config.d_model, config.d_mlp)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, state: Any = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Any]:
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """x (b, l, d_model) is to be added to the residual stream; return the same pair one layer on, and the state."""
-        x, residual = self.norm(x, residual)
+        x, residual = self._enter(self.norm, x, residual)
         x, state = self.mixer(x, state=state, cu_seqlens=cu_seqlens)
+        x, residual = self._leave(self.norm, x, residual)
         x, residual = self._feed_forward(x, residual)
         return x, residual, state
 
-    def step(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+    def step(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         """The same for one token x (b, d_model)."""
-        x, residual = self.norm(x, residual)
+        x, residual = self._enter(self.norm, x, residual)
         x, state = self.mixer.step(x, state)
+        x, residual = self._leave(self.norm, x, residual)
         x, residual = self._feed_forward(x, residual)
         return x, residual, state
 
-    def _feed_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _feed_forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, "mlp"):
-            x, residual = self.norm2(x, residual)
-            x = self.mlp(x)
+            x, residual = self._enter(self.norm2, x, residual)
+            x, residual = self._leave(self.norm2, self.mlp(x), residual)
         return x, residual
+
+    def _enter(self, norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a layer reads, and the stream that it adds to."""
+        return norm(x, residual) if self.prenorm else (x, x)
+
+    def _leave(self, norm: nn.Module, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a layer adds, and the stream; or their sum, normed, and nothing apart from it."""
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return (x, stream) if self.prenorm else (norm(x.to(stream.dtype), stream)[0], None)

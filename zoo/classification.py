@@ -27,7 +27,7 @@ class SequenceClassifier(Task):
 
     Inputs are tokens or, of samples of sound and the like, numbers (b, l, features). Embedding and backbone carry the
     names they have in a GenomeModel or LanguageModel, so that a pretrained one fits.
-    Sequences never see their padding.
+    Sequences never see their padding, but for what it counts in a norm over the batch (norms.py).
 
     Args:
         backbone: the fields of BackboneConfig, or {"size": "mamba-1.4m"} and what differs from it; or, with `pool`,

@@ -56,10 +56,14 @@ class MambaConfig(Config):
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    # rank of the projection to delta; None is d_model / 16
+    # rank of the projection to delta, in each block where there are several; None is d_model / 16 in all
     dt_rank: int | None = None
     # which of delta, B and C depend on the input (table 7)
     selective: tuple[str, ...] = ("delta", "B", "C")
+    # blocks of channels, each of which chooses delta, B and C by its own channels alone (B2S6, 2505.09022, section 6)
+    heads: int = 1
+    # add to B, in every channel, what no input chooses (B2S6, algorithm 2)
+    B_bias: bool = False
     # s4d-real: -(n + 1); s4d-lin: -1/2 + n i, complex; constant: -1/2; random: -exp(N(0, 1)) (table 8)
     a_init: str = "s4d-real"
     dt_init: str = "random"
@@ -77,7 +81,13 @@ class MambaConfig(Config):
         _one_of("mamba.discretization", self.discretization, ("euler", "zoh"))
         for name in self.selective:
             _one_of("mamba.selective", name, ("delta", "B", "C"))
-        _positive("mamba", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
+        _positive("mamba", self, "d_state", "d_conv", "expand", "heads", "dt_min", "dt_max")
+        if self.heads > 1 and not self.selective:
+            raise ValueError("mamba.heads: blocks choose delta, B or C, of which mamba.selective names none")
+        if self.B_bias and "B" not in self.selective:
+            raise ValueError(
+                "mamba.B_bias: a B that is not in mamba.selective is already learnt in every channel; leave it out"
+            )
         if self.a_init == "s4d-lin" and self.d_state % 2:
             raise ValueError(f"mamba.d_state: must be even for the complex A of s4d-lin, not {self.d_state}")
 
@@ -152,7 +162,13 @@ class BackboneConfig(Config):
     bidirectional: str | None = None
     # read both strands of DNA with the same weights: reverse complement in, reverse complement out (Caduceus-PS)
     reverse_complement: bool = False
+    # rms; layer; batch, over all positions of a batch while training (norms.py)
+    norm: str = "rms"
+    # norm what a layer reads; false norms the stream after what a layer adds, as some models of long sequences do
+    prenorm: bool = True
     norm_eps: float = 1e-5
+    # how much of what a mixer or MLP adds to the stream is left out while training
+    dropout: float = 0.0
     # recompute each block in the backward: less memory, a third more time
     checkpoint_activations: bool = False
     mamba: MambaConfig = field(default_factory=MambaConfig)
@@ -162,9 +178,21 @@ class BackboneConfig(Config):
 
     def __post_init__(self) -> None:
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
+        _one_of("backbone.norm", self.norm, ("rms", "layer", "batch"))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"backbone.dropout: must be from 0 to below 1, not {self.dropout}")
+        if self.norm == "batch" and self.checkpoint_activations:
+            raise ValueError(
+                "backbone.checkpoint_activations: what is recomputed would count twice in the statistics of norm: "
+                "batch; take layer or rms, or leave it out"
+            )
         if self.bidirectional is not None:
             _one_of("backbone.bidirectional", self.bidirectional, ("tied", "untied"))
-        _ = self.mixers
+        d_inner = self.mamba.expand * self.d_model
+        if "mamba" in self.mixers and d_inner % self.mamba.heads:
+            raise ValueError(
+                f"backbone.mamba.heads: must divide the {d_inner} channels, expand * d_model, not {self.mamba.heads}"
+            )
 
     @property
     def causal(self) -> bool:
@@ -227,6 +255,8 @@ class UNetConfig(BackboneConfig):
             raise ValueError(
                 "backbone.pool: a U-Net steps from sample to sample; leave out bidirectional and reverse_complement"
             )
+        if not self.prenorm:
+            raise ValueError("backbone.prenorm: the stages of a U-Net share one stream; leave it at true")
         if not self.pool or min(self.pool) < 2:
             raise ValueError(f"backbone.pool: must be factors of 2 or more, not {list(self.pool)}")
         _positive("backbone", self, "widen")
@@ -289,6 +319,9 @@ class OptimizerConfig(Config):
     min_lr: float = 1e-5
     # each layer's rate is this times that of the layer above it; for fine-tuning
     layer_decay: float = 1.0
+    # the rate of what makes delta is this times that of the rest; below 1, long sequences train more steadily (B2S6,
+    # 2505.09022, section 6). Where delta, B and C share x_proj, as in the reference's layout, that keeps the full rate
+    delta_lr: float = 1.0
     # leave out a step whose gradient has so many times the norm of the last ones; null takes any that is finite
     spike: float | None = None
 
@@ -296,7 +329,7 @@ class OptimizerConfig(Config):
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
-        _positive("optimizer", self, "lr", "eps", "layer_decay")
+        _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr")
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:

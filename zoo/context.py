@@ -60,6 +60,11 @@ class ContextParallel(DDPStrategy):
             raise ValueError(
                 "trainer.strategy: context needs a causal backbone, without bidirectional, reverse_complement and pool"
             )
+        if backbone.config.norm == "batch":
+            raise ValueError(
+                "model.backbone.norm: with context a rank has a part of each sequence, which batch would norm by "
+                "itself; take rms or layer"
+            )
         if getattr(model, "bptt", None) is not None:
             raise ValueError(
                 "model.bptt: with context a sequence is read at once, by all ranks; set it to null"

@@ -10,6 +10,7 @@ from .config import nearest
 from .frontends import TokenEmbedding, padded
 from .heads import TokenHead
 from .lora import attach, matrices, size
+from .norms import statistics
 from .optim import HEADS, depths
 
 # how many parameters that do not fit are named
@@ -65,7 +66,10 @@ def transfer(
         else:
             part.new.append(parameter)
         fresh += called
-    known = {name for called in names.values() for name in called}
+    usual = statistics(model)
+    for name in usual.keys() & weights.keys():
+        usual[name].copy_(weights[name])
+    known = {name for called in names.values() for name in called} | usual.keys()
     for name in weights.keys() - known:
         part = parts.setdefault(name.partition(".")[0], _Part())
         if name.startswith(HEADS):

@@ -5,6 +5,12 @@
        +- z ------ silu -----------'                 (Mamba, section 3.4 and algorithm 2)
 
 Parameters carry the reference implementation's names and initial values, so that its checkpoints fit.
+
+B2S6 (Yu and Erichson, 2505.09022, section 6) is the same with channels in blocks j, each of which chooses by its own
+channels alone, and with a bias of B in every channel i; delta then has a projection of its own, so that it can learn at
+a rate of its own:
+
+    delta_i = softplus(dt_proj_i delta_proj_j u_j + dt_proj.bias_i),   B_i = x_proj_j u_j + B_bias_i,   C = x_proj_j u_j
 """
 
 import math
@@ -41,20 +47,28 @@ class Mamba(Mixer):
     def __init__(self, d_model: int, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
-        self.d_inner = config.expand * d_model
-        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+        self.d_inner, self.heads = config.expand * d_model, config.heads
+        self.dt_rank = config.dt_rank or math.ceil(d_model / (16 * self.heads))
         self.complex = config.a_init == "s4d-lin"
         # states of A, and real numbers in a row of B or C
         self.n = config.d_state // 2 if self.complex else config.d_state
         widths = {"delta": self.dt_rank, "B": config.d_state, "C": config.d_state}
         self.selected = {name: width for name, width in widths.items() if name in config.selective}
+        # the reference has one matrix for all; that of a block is its rows, over its channels
+        own = "delta" in self.selected and (self.heads > 1 or config.B_bias)
+        self.together = {
+            name: width for name, width in self.selected.items() if not (own and name == "delta")
+        }
+        block = self.d_inner // self.heads
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner, bias=config.conv_bias
         )
-        if self.selected:
-            self.x_proj = nn.Linear(self.d_inner, sum(self.selected.values()), bias=False)
+        if self.together:
+            self.x_proj = nn.Linear(block, self.heads * sum(self.together.values()), bias=False)
+        if own:
+            self.delta_proj = nn.Linear(block, self.heads * self.dt_rank, bias=False)
         if "delta" in self.selected:
             self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         else:
@@ -62,6 +76,8 @@ class Mamba(Mixer):
         for name in ("B", "C"):
             if name not in self.selected:
                 self.register_parameter(name, nn.Parameter(torch.empty(self.d_inner, config.d_state)))
+        if config.B_bias:
+            self.B_bias = nn.Parameter(torch.empty(self.d_inner, config.d_state))
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.n))
         if self.complex:
             self.A_imag = nn.Parameter(torch.empty(self.d_inner, self.n))
@@ -88,6 +104,9 @@ class Mamba(Mixer):
             if name not in self.selected:
                 matrix = self.get_parameter(name)
                 nn.init.ones_(matrix) if name == "B" else nn.init.normal_(matrix)
+        if config.B_bias:
+            # as C of an S4D layer: of the product of B and C that a channel is, this alone is the channel's own
+            nn.init.normal_(self.B_bias)
         for projection in (self.in_proj, self.out_proj):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
@@ -116,17 +135,29 @@ class Mamba(Mixer):
         return torch.complex(real, full(self.A_imag).expand_as(real)) if self.complex else real
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the input chooses, delta (..., d_inner) before its bias, B and C (..., n), or their constants."""
+        """What the input chooses, delta (..., d_inner) before its bias, B and C (..., n), or their constants.
+
+        With several blocks B and C are (..., heads, n).
+        """
         chosen = {}
-        if self.selected:
-            chosen = dict(
-                zip(self.selected, self.x_proj(u).split(list(self.selected.values()), -1), strict=True)
-            )
+        if self.together:
+            rows = self._of_blocks(self.x_proj, u)
+            chosen = dict(zip(self.together, rows.split(list(self.together.values()), -1), strict=True))
+        if self.selected.keys() - self.together.keys():
+            chosen["delta"] = self._of_blocks(self.delta_proj, u)
         # the bias goes to the scan, which adds it in float32
-        delta = F.linear(chosen["delta"], self.dt_proj.weight) if chosen.get("delta") is not None else None
-        if delta is None:
+        if "delta" not in chosen:
             delta = torch.zeros_like(self.dt_bias)
+        elif self.heads == 1:
+            delta = F.linear(chosen["delta"], self.dt_proj.weight)
+        else:
+            delta = linear_by_blocks(chosen["delta"], self.dt_proj.weight).flatten(-2)
         return delta, self._matrix("B", chosen), self._matrix("C", chosen)
+
+    def _of_blocks(self, projection: nn.Linear, u: Tensor) -> Tensor:
+        if self.heads == 1:
+            return projection(u)
+        return linear_by_blocks(u.unflatten(-1, (self.heads, -1)), projection.weight)
 
     def _matrix(self, name: str, chosen: dict[str, Tensor]) -> Tensor:
         matrix = chosen[name] if name in chosen else self.get_parameter(name)
@@ -159,37 +190,28 @@ class Mamba(Mixer):
             cu_seqlens=cu_seqlens,
         )
         delta, B, C = self.select(u)
-        if self.parts is not None:
-            A = self.A
-            y = selective_scan_part(
-                u,
-                delta,
-                A,
-                B,
-                C,
-                self.D,
-                z,
-                self.delta_bias,
-                delta_softplus=True,
-                neighbours=self.parts.others(A),
-                discretization=self.config.discretization,
+
+        A, rule = self.A, self.config.discretization
+
+        def scan(B: Tensor, D: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            inputs = (u, delta, A, B, C, D, z, self.delta_bias, True)
+            if self.parts is not None:
+                others = self.parts.others(A)
+                return selective_scan_part(*inputs, neighbours=others, discretization=rule), None
+            return selective_scan(
+                *inputs,
+                initial_state=before,
+                return_final_state=state is not None,
+                cu_seqlens=cu_seqlens,
+                discretization=rule,
             )
-            return y, None
-        y, ssm_state = selective_scan(
-            u,
-            delta,
-            self.A,
-            B,
-            C,
-            self.D,
-            z,
-            self.delta_bias,
-            delta_softplus=True,
-            initial_state=None if state is None else state.ssm,
-            return_final_state=state is not None,
-            cu_seqlens=cu_seqlens,
-            discretization=self.config.discretization,
-        )
+
+        y, ssm_state = scan(B, self.D, None if state is None else state.ssm)
+        if self.config.B_bias:
+            # the scan is linear in B, and so a sum: of what is chosen, and of what is the same at every step
+            added, state_added = scan(self._matrix("B_bias", {}), None, None)
+            y = y + added
+            ssm_state = None if ssm_state is None or state_added is None else ssm_state + state_added
         if conv_state is None or ssm_state is None:
             return y, None
         return y, MambaState(conv_state, ssm_state)
@@ -202,6 +224,9 @@ class Mamba(Mixer):
         delta, B, C = self.select(u)
         # a constant matrix is one of the batch with a group for every channel
         B, C = B if "B" in self.selected else B[None], C if "C" in self.selected else C[None]
+        if self.config.B_bias:
+            bias = self._matrix("B_bias", {}).unflatten(0, (self.heads, -1))
+            B = (B.reshape(len(B), self.heads, 1, self.n) + bias).flatten(1, 2)
         y = selective_state_update(
             state.ssm,
             u,
@@ -225,6 +250,11 @@ class Mamba(Mixer):
         conv = torch.zeros(batch, self.config.d_conv - 1, self.d_inner, device=device, dtype=dtype)
         ssm_dtype = torch.promote_types(self.A_log.dtype, torch.complex64 if self.complex else torch.float32)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.n, device=device, dtype=ssm_dtype))
+
+
+def linear_by_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each block of x (..., h, p) by its own q rows of weight (h * q, p): (..., h, q)."""
+    return torch.einsum("...hp,hqp->...hq", x, weight.unflatten(0, (x.shape[-2], -1)))
 
 
 def steps_before_softplus(d: int, low: float, high: float, floor: float = 0.0) -> Tensor:

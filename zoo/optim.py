@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from .config import OptimizerConfig
 
 # of the state space itself: no decay pulls them to zero, and low precision would change what is remembered
-STATE_SPACE = ("A_log", "A_imag", "D", "dt_bias", "dt_proj.bias")
+STATE_SPACE = ("A_log", "A_imag", "B_bias", "D", "dt_bias", "dt_proj.bias")
+
+# what makes delta and nothing else
+_DELTA = re.compile(r"(?:^|\.)(?:delta_proj|dt_proj|dt_bias)(?:\.|$)")
 
 # what reads a backbone's output
 HEADS = ("head", "classifier")
@@ -44,19 +47,20 @@ def depths(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, delta_lr: float = 1.0
 ) -> list[dict[str, object]]:
-    """Split what is trained by whether it decays and, where layer_decay is not 1, by its depth.
+    """Split what is trained by whether it decays and by its learning rate, where layer_decay or delta_lr is not 1.
 
     `scale` of a group is what its learning rate is multiplied by: layer_decay for each step down from the output
-    (ELECTRA, 2003.10555, section 3.1).
+    (ELECTRA, 2003.10555, section 3.1), and delta_lr for what makes the steps of a state space (B2S6, section 6).
     """
     depth = depths(model)
     top = max(depth.values(), default=0)
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((layer_decay ** (top - depth[name]), decays(name, p)), []).append(p)
+            scale = layer_decay ** (top - depth[name]) * (delta_lr if _DELTA.search(name) else 1.0)
+            groups.setdefault((scale, decays(name, p)), []).append(p)
     # the largest rate first: it is the one that is logged
     return [
         {"params": groups[scale, decay], "weight_decay": weight_decay if decay else 0.0, "scale": scale}
@@ -79,7 +83,7 @@ def build_optimizer(
     model: nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over the groups, and its schedule, to be stepped once an optimiser step."""
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.delta_lr)
     for group in groups:
         group["lr"] = config.lr * group.pop("scale")  # type: ignore[operator]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

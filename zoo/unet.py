@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone, Blocks
-from .block import RMSNorm
 from .config import BackboneConfig, UNetConfig
 from .frontends import Patches
+from .norms import build_norm
 
 
 def build_backbone(config: BackboneConfig) -> "Backbone | UNet":
@@ -130,7 +130,7 @@ class UNet(nn.Module):
             Pool(outer.d_model, size, inner.d_model)
             for outer, size, inner in zip(levels, config.pool, levels[1:], strict=False)
         )
-        self.norm_f = RMSNorm(levels[0].d_model, config.norm_eps)
+        self.norm_f = build_norm(levels[0])
 
     def forward(
         self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
@@ -167,6 +167,7 @@ class UNet(nn.Module):
             )
             if after is not None:
                 after[stage] = own
+            assert residual is not None
             return x, residual
 
         def inner(x: Tensor, groups: Sequences) -> Tensor:
@@ -193,12 +194,14 @@ class UNet(nn.Module):
 
     def _level_step(self, i: int, x: Tensor, state: list[Any]) -> tuple[Tensor, Tensor]:
         x, residual, state[i] = self._stage(i).stream_step(x, None, state[i])
+        assert residual is not None
         if i == len(self.pools):
             return x, residual
         pool, waiting, t = self._pool(i), state[len(self.stages) + i], self._phase(i, state)
         stream, out = x + residual, len(self.stages) - 1 - i
         waiting.group[:, t] = stream
         x, residual, state[out] = self._stage(out).stream_step(waiting.below[:, t], stream, state[out])
+        assert residual is not None
         if t == pool.size - 1:
             inner = self._add(*self._level_step(i + 1, pool.down(waiting.group)[:, 0], state))
             waiting.below.copy_(pool.up(inner).view_as(waiting.below))

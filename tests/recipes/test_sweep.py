@@ -180,6 +180,23 @@ def test_commas_in_brackets_belong_to_a_value() -> None:
     assert len({cell.folder for cell in cells}) == 2
 
 
+def test_values_that_end_alike_have_folders_of_their_own() -> None:
+    cells = sweep._cells({"model.optimizer.lr": ["1.5e-3", "2.5e-3"]}, 1)
+    assert [cell.folder for cell in cells] == ["lr=1.5e-3,seed=0", "lr=2.5e-3,seed=0"]
+
+
+def test_lists_and_sections_are_values_too() -> None:
+    key, values = sweep._values("model.backbone={pattern: s4d,s4d: {d_state: 8}},{d_mlp: 64}")
+    assert values == ["{pattern: s4d,s4d: {d_state: 8}}", "{d_mlp: 64}"]
+    cells = sweep._cells({key: values, "model.backbone.mamba.selective": ["[]", "[delta,B]"]}, 1)
+    assert [cell.over["model.backbone.mamba.selective"] for cell in cells] == [[], ["delta", "B"]] * 2
+    assert cells[0].over[key] == {"pattern": "s4d", "s4d": {"d_state": 8}}
+    assert len({cell.folder for cell in cells}) == 4
+    backbone = compose(find("language/ablations"), ["data.paths=x", *cells[1].overrides])["model"]["backbone"]
+    assert (backbone["pattern"], backbone["s4d"]["d_state"], backbone["size"]) == ("s4d", 8, "mamba-7m")
+    assert backbone["mamba"]["selective"] == ["delta", "B"]
+
+
 def test_one_run_becomes_a_page(command: Command, recipe: str, tmp_path: Path) -> None:
     for pattern in ("mamba", "s4d"):
         assert command("fit", recipe, f"model.backbone.pattern={pattern}")[0] == 0
@@ -248,6 +265,34 @@ def test_means_and_spreads_stand_beside_published_numbers(
     assert table[5].startswith("| *published: B (t2)* |  | 0.25 |")
     assert "`mambazoo sweep x` at commit 0123456 on one. Seeds 0, 1; 1.5 minutes" in text
     assert (tmp_path / "page-x-1.png").exists()
+
+
+def test_of_several_published_tables_the_one_that_varies_the_same_is_shown() -> None:
+    n, chosen = "model.backbone.mamba.d_state", "model.backbone.mamba.selective"
+
+    def claims(*cells: dict[str, object]) -> list[list[float]]:
+        """The published values below each cell of a sweep of the ablations, those of no cell last."""
+        rows = [row("language/ablations", 0, 0.5, **cell) for cell in cells]
+        [experiment] = results.experiments(rows)
+        below: list[list[float]] = [[]]
+        for line in results.table(experiment).splitlines()[2:]:
+            first, *_, perplexity, _, _, _, _ = [part.strip() for part in line.strip("|").split("|")]
+            if first.startswith("*published"):
+                below[-1].append(float(perplexity))
+            else:
+                below.append([])
+        return below[1:]
+
+    assert claims({n: 1}, {n: 16}) == [[9.73], [8.71, 9.4, 9.09, 8.84]]
+    assert claims({n: 1, chosen: ["delta"]}, {n: 16, chosen: ["delta", "B", "C"]}) == [
+        [9.88],
+        [8.71, 9.81, 9.73, 9.4, 9.09, 8.84],
+    ]
+    assert claims({chosen: []}, {chosen: ["delta", "B", "C"]})[0] == [10.93]
+    complex_, real = {"pattern": "s4d"}, {"pattern": "s4d", "s4d": {"a_init": "s4d-real"}}
+    assert claims({"model.backbone": complex_}, {"model.backbone": real}) == [[10.54], [10.56, 8.69]]
+    # what nobody varied stands beside all there is
+    assert len(claims({"model.optimizer.lr": 1e-3})[0]) > 25
 
 
 def test_what_is_measured_over_length_has_a_table_of_its_own(tmp_path: Path) -> None:

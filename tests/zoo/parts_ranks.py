@@ -13,7 +13,7 @@ dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 kinds = [
     {}, {"a_init": "s4d-lin"}, {"selective": ("B", "C")}, {"selective": ("delta",), "discretization": "zoh"},
-    {"d_conv": 1},
+    {"d_conv": 1}, {"heads": 4, "B_bias": True, "a_init": "s4d-lin"},
 ]  # fmt: skip
 for values, dtype in itertools.product(kinds, (torch.float64, torch.float32)):
     torch.manual_seed(0)
