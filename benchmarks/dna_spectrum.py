@@ -98,7 +98,7 @@ def main() -> None:
     for axes, (what, spectrum) in zip(panels, spectra.items(), strict=True):
         axes.loglog(of_truth + 0.5, spectrum + 0.5, ".", markersize=2, alpha=0.3)
         axes.set(title=what, xlabel=f"count of a {K}-mer in the truth")
-        axes.axline((1, 1), slope=1, color="black", linewidth=0.8)
+        axes.plot([1, of_truth.max()], [1, of_truth.max()], color="black", linewidth=0.8)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("count here")
     figure.savefig(arguments.picture, dpi=90, metadata={"Software": None})

@@ -190,28 +190,25 @@ class Mamba(Mixer):
             cu_seqlens=cu_seqlens,
         )
         delta, B, C = self.select(u)
-
-        A, rule = self.A, self.config.discretization
-
-        def scan(B: Tensor, D: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            inputs = (u, delta, A, B, C, D, z, self.delta_bias, True)
-            if self.parts is not None:
-                others = self.parts.others(A)
-                return selective_scan_part(*inputs, neighbours=others, discretization=rule), None
-            return selective_scan(
+        A = self.A
+        inputs = (u, delta, A, B, C, self.D, z, self.delta_bias, True)
+        B_bias = self._matrix("B_bias", {}) if self.config.B_bias else None
+        if self.parts is not None:
+            y = selective_scan_part(
                 *inputs,
-                initial_state=before,
-                return_final_state=state is not None,
-                cu_seqlens=cu_seqlens,
-                discretization=rule,
+                B_bias=B_bias,
+                neighbours=self.parts.others(A),
+                discretization=self.config.discretization,
             )
-
-        y, ssm_state = scan(B, self.D, None if state is None else state.ssm)
-        if self.config.B_bias:
-            # the scan is linear in B, and so a sum: of what is chosen, and of what is the same at every step
-            added, state_added = scan(self._matrix("B_bias", {}), None, None)
-            y = y + added
-            ssm_state = None if ssm_state is None or state_added is None else ssm_state + state_added
+            return y, None
+        y, ssm_state = selective_scan(
+            *inputs,
+            B_bias=B_bias,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=state is not None,
+            cu_seqlens=cu_seqlens,
+            discretization=self.config.discretization,
+        )
         if conv_state is None or ssm_state is None:
             return y, None
         return y, MambaState(conv_state, ssm_state)
