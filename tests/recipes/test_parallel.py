@@ -12,7 +12,9 @@ from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
@@ -102,6 +104,10 @@ def recipes(folder: Path) -> dict[str, Path]:
         (folder / "texts" / f"{i}.txt").write_text(" ".join(draw.choice(words) for _ in range(150)))
     records = ("".join(draw.choices("ACGT", k=4000)) for _ in range(2))
     (folder / "genome.fa").write_text("".join(f">chr{i}\n{bases}\n" for i, bases in enumerate(records)))
+    (folder / "sounds").mkdir()
+    for i in range(10):
+        sound = np.random.default_rng(i).standard_normal(3000).cumsum()
+        soundfile.write(folder / "sounds" / f"{i}.wav", sound / np.abs(sound).max(), 8000)
     common = {
         "model": {"backbone": {"d_model": 16, "n_layers": 2}, "optimizer": {"lr": 3e-3, "warmup_steps": 5}},
         "trainer": {
@@ -114,6 +120,7 @@ def recipes(folder: Path) -> dict[str, Path]:
         "language": {"paths": str(folder / "texts"), "length": 64},
         # 15 % of the bases are targets, and never as many on one rank as on the other
         "genomics": {"paths": str(folder / "genome.fa"), "length": 64, "objective": "masked"},
+        "audio": {"paths": str(folder / "sounds"), "length": 64},
     }
     found = {}
     for name, values in data.items():
@@ -203,7 +210,8 @@ def test_a_run_of_any_ranks_goes_on_exactly(
     folder: Path, recipes: dict[str, Path], whole: dict[tuple[str, int], Path], kill: int
 ) -> None:
     draw = random.Random(kill)
-    ranks, name, place = 1 + kill % 2, "genomics" if kill % 8 < 6 else "language", folder / f"kill-{kill}"
+    name, ranks = ("genomics", "audio", "language")[kill // 2 % 3], 1 + kill % 2
+    place = folder / f"kill-{kill}"
     workers = f"data.num_workers={draw.choice((0, 2))}"
     started = Run(place, ranks, "fit", str(recipes[name]), *options(ranks, workers))
     run = place / "runs" / name / "1"
