@@ -69,7 +69,9 @@ def tiny(name: str, folder: Path) -> Path:
 
 
 @pytest.fixture
-def small(texts: Path, genome: Path, labelled: Path, sounds: Path, tmp_path: Path) -> Small:
+def small(
+    texts: Path, genome: Path, labelled: Path, sounds: Path, reviews: Path, cifar: Path, tmp_path: Path
+) -> Small:
     """Something small of every domain to train on, what single recipes need instead, and models to start from."""
     other = tmp_path / "other.fa"
     other.write_bytes(genome.read_bytes().replace(b"A", b"G"))
@@ -85,6 +87,11 @@ def small(texts: Path, genome: Path, labelled: Path, sounds: Path, tmp_path: Pat
         "genomics/classify": {"paths": str(labelled)},
         "genomics/finetune": {"paths": str(labelled)},
         "genomics/species": {"paths": [str(genome), str(other)]},
+        "lra": {},
+        "lra/listops": {"shortest": 5, "rows": 40, "held_out_rows": 10},
+        "lra/text": {"path": str(reviews)},
+        "lra/image": {"folder": str(cifar), "length": 64},
+        "lra/pathfinder": {"length": 256, "dashes": 4, "distractors": 1, "rows": 40, "held_out_rows": 10},
         "synthetic": {},
         "synthetic/mqar": {"pairs": 4, "vocab_size": 40},
         "synthetic/induction-heads": {"valid_lengths": [32, 48]},
