@@ -115,7 +115,7 @@ def kmer_accuracy(
         decay: what the mean of the squared weights counts beside the mean cross-entropy.
     """
     counts = [(kmer_counts(sequences, k), labels) for sequences, labels in (train, held_out)]
-    return _regression_accuracy(counts[0], counts[1], classes, decay)
+    return regression_accuracy(counts[0], counts[1], classes, decay)
 
 
 def spectrum_accuracy(
@@ -132,15 +132,21 @@ def spectrum_accuracy(
         decay: see kmer_accuracy.
     """
     spectra = [(log_mel_spectra(clips, rate), labels) for clips, labels in (train, held_out)]
-    return _regression_accuracy(spectra[0], spectra[1], classes, decay)
+    return regression_accuracy(spectra[0], spectra[1], classes, decay)
 
 
-def _regression_accuracy(
+def regression_accuracy(
     train: tuple[NDArray[np.float32], NDArray[np.int64]],
     held_out: tuple[NDArray[np.float32], NDArray[np.int64]],
     classes: int,
-    decay: float,
+    decay: float = 1e-2,
 ) -> float:
+    """The share of held-out examples that a multinomial regression on features (n, k) puts into the right class (n,).
+
+    Args:
+        train, held_out: features, which are brought to one mean and scale, and classes.
+        decay: see kmer_accuracy.
+    """
     features = [torch.from_numpy(features) for features, _ in (train, held_out)]
     mean, scale = features[0].mean(0), features[0].std(0).clamp(min=1e-6)
     x, tested = ((feature - mean) / scale for feature in features)

@@ -5,6 +5,7 @@ the disk and renamed, so that whoever finds it finds it whole; processes that bu
 twice and keep one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -112,5 +113,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def _sweep(root: Path) -> None:
     """Remove what a build that was killed left behind more than a day ago."""
     for left in root.glob(".building-*"):
-        if time.time() - left.stat().st_mtime > 86400:
-            shutil.rmtree(left, ignore_errors=True)
+        # another process may just have moved it to its place
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left, ignore_errors=True)

@@ -130,18 +130,26 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _json_lines(path: Path) -> Iterator[Iterator[bytes]]:
+    for text, _ in read_json_lines(path):
+        yield iter([text])
+
+
+def read_json_lines(path: Path, label: str | None = None) -> Iterator[tuple[bytes, str]]:
+    """The "text" of each object of a .jsonl file, plain, .gz or .xz, and what it has under the key `label`, if any."""
+    wanted = 'is not a JSON object with a "text"' + (f' and a "{label}"' if label else "")
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    text = json.loads(line)["text"]
+                    row = json.loads(line)
+                    text, of = row["text"], row[label] if label else ""
                 except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise ValueError(f'data.paths: {path}, line {number}: is not a JSON object with a "text"')
-                yield iter([text.encode("utf-8", errors="replace")])
+                    text = of = None
+                if not isinstance(text, str) or not isinstance(of, str | int):
+                    raise ValueError(f"data.paths: {path}, line {number}: {wanted}")
+                yield text.encode("utf-8", errors="replace"), str(of)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise _damaged(path, error) from None
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exact_hold import gain_gradients, phi
 from .sequences import boundaries
 
 # elements of one tile and of one of its steps: large against the cost of a call, small against the cache
@@ -174,7 +175,7 @@ def scan_bwd(
             now.addcmul_(factor, later)
 
         if scan.zoh:
-            gain, gain_delta, gain_A = _exact_gain_gradients(delta_tile, scan.A)
+            gain, gain_delta, gain_A = gain_gradients(delta_tile, scan.A)
             d_input = G * gain.conj()
             scan.add(dB, time, rows, d_input, u_tile)
             if d_B_bias is not None:
@@ -401,7 +402,7 @@ class _Scan:
         delta, u, B = self.delta[time, rows], self.u[time, rows], self.B[time, rows]
         torch.mul(delta, self.A, out=decay)
         if self.zoh:
-            torch.mul(delta * _phi(decay), u * self.biased(B), out=h)
+            torch.mul(delta * phi(decay), u * self.biased(B), out=h)
         else:
             torch.mul(delta * u, B, out=h)
             if self.B_bias is not None:
@@ -435,22 +436,3 @@ def _read(C: Tensor, h: Tensor) -> Tensor:
 
 def _real(x: Tensor) -> Tensor:
     return x.real if x.is_complex() else x
-
-
-def _phi(x: Tensor) -> Tensor:
-    """(exp(x) - 1) / x, by its series near zero: the exact hold's gain is delta phi(delta A)."""
-    near_zero = x.abs() < 1e-2
-    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
-    return torch.where(near_zero, series, torch.expm1(x) / torch.where(near_zero, 1, x))
-
-
-def _exact_gain_gradients(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact hold's gain, delta phi(x) with x = delta A, its derivative by delta, exp(x), and by A."""
-    x = delta * A
-    phi, near_zero = _phi(x), x.abs() < 1e-1
-    terms = (1 / 2, 1 / 3, 1 / 8, 1 / 30, 1 / 144, 1 / 840, 1 / 5760, 1 / 45360)
-    series = torch.zeros_like(x)
-    for term in reversed(terms):
-        series = series * x + term
-    slope = torch.where(near_zero, series, (torch.exp(x) - phi) / torch.where(near_zero, 1, x))
-    return delta * phi, torch.exp(x), delta.square() * slope

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .scan_triton_backward import backward_sweep_kernel, chunk_grads_kernel, forward_sweep_kernel
 from .scan_triton_forward import carry_kernel, chunk_states_kernel, matrices_kernel, scan_fwd_kernel
-from .sequences import by_rows
+from .sequences import by_rows, chunk_table
 
 
 class _Tile(NamedTuple):
@@ -133,7 +133,7 @@ class _Scan:
         delta = by_rows(delta) if delta.ndim == 3 else delta.contiguous()
         table = counts = u
         if cu_seqlens is not None:
-            table, counts = _chunk_table(cu_seqlens, self.plan, reverse)
+            table, counts = chunk_table(cu_seqlens, self.plan.length, self.plan.chunks, reverse)
         A, B, C = self._matrices(A, B, C)
         own = B if B_bias is None else B_bias.t().contiguous()
         # what kernels are given, each what it takes; a tensor that is absent is never read
@@ -311,19 +311,6 @@ def _states(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     return (_pairs(x) if x.is_complex() else x.float()).transpose(1, 2).contiguous()
-
-
-def _chunk_table(cu_seqlens: Tensor, plan: _Plan, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The chunks of packed sequences, (first time, steps), and where each sequence's begin; nothing synchronises."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    counts = torch.zeros_like(cu_seqlens)
-    counts[1:] = ((ends - starts + plan.length - 1) // plan.length).cumsum(0)
-    i = torch.arange(plan.chunks, device=cu_seqlens.device, dtype=torch.int32)
-    sequence = torch.searchsorted(counts[1:], i, right=True).clamp(max=len(starts) - 1)
-    done = (i - counts[sequence]) * plan.length
-    steps = (ends[sequence] - starts[sequence] - done).clamp(0, plan.length)
-    first = ends[sequence] - 1 - done if reverse else starts[sequence] + done
-    return torch.stack([first, steps], dim=1).to(torch.int32), counts
 
 
 def scan_fwd(

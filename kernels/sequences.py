@@ -20,6 +20,26 @@ def boundaries(cu_seqlens: Tensor, l: int) -> list[int]:
     return bounds
 
 
+def chunk_table(cu_seqlens: Tensor, length: int, chunks: int, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The chunks of packed sequences, (first time, steps), and where each sequence's begin; nothing synchronises.
+
+    Args:
+        cu_seqlens: int32 (s + 1,).
+        length: the steps of a chunk, of which a sequence's last has what is left.
+        chunks: as many as there may be; those that there are not have no steps.
+        reverse: go through every sequence from its last time to its first.
+    """
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    counts = torch.zeros_like(cu_seqlens)
+    counts[1:] = ((ends - starts + length - 1) // length).cumsum(0)
+    i = torch.arange(chunks, device=cu_seqlens.device, dtype=torch.int32)
+    sequence = torch.searchsorted(counts[1:], i, right=True).clamp(max=len(starts) - 1)
+    done = (i - counts[sequence]) * length
+    steps = (ends[sequence] - starts[sequence] - done).clamp(0, length)
+    first = ends[sequence] - 1 - done if reverse else starts[sequence] + done
+    return torch.stack([first, steps], dim=1).to(torch.int32), counts
+
+
 def by_rows(x: Tensor) -> Tensor:
     """(..., d) with neighbouring channels side by side, in place where they are."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -78,6 +78,34 @@ def sounds(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """A folder like aclImdb: forty reviews to train on and ten to test on, half of them good, and one of no class."""
+    folder = tmp_path / "reviews"
+    for i in range(50):
+        label = ("neg", "pos")[i % 2]
+        path = folder / ("train" if i < 40 else "test") / label / f"{i}_{i % 10}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f"Film number {i} is {('dull', 'fine')[i % 2]}{'!' * i} \u2013 say {'we' * (i % 7)}.\n"
+        )
+    (folder / "train" / "unsup").mkdir()
+    (folder / "train" / "unsup" / "0_0.txt").write_text("Who knows.")
+    return folder
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    """A folder like cifar-10-batches-bin: two files of twenty random pictures to train on, and one to test on."""
+    draw, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        rows = draw.integers(0, 256, (20, 3073), dtype=np.uint8)
+        rows[:, 0] = np.arange(20) % 10
+        (folder / f"{name}.bin").write_bytes(rows.tobytes())
+    return folder
+
+
+@pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A folder of thirty small documents."""
     folder = tmp_path / "texts"
