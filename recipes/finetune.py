@@ -20,6 +20,9 @@ from .launch import FINETUNE, PRETRAINED, Launch, import_class
 
 log = logging.getLogger(__name__)
 
+# what makes a code of sound what it is
+_OF_SOUND = ("sample_rate", "encoding")
+
 
 class Start:
     """The model that a recipe starts from.
@@ -43,7 +46,7 @@ class Start:
             raise type(error)(f"model.{PRETRAINED}: {error}") from None
 
     def complete(self, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """The recipe with what it leaves open and the pretrained model decides: its shape and its tokenizer.
+        """The recipe with what it leaves open and the pretrained model decides: its shape and what its tokens are.
 
         The tokenizer is written to the folder.
         """
@@ -64,6 +67,8 @@ class Start:
             for name, text in vocabulary_texts(vocabulary, {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
                 data["tokenizer"] = str(folder / TOKENIZER)
+        if vocabulary and vocabulary["kind"] == "waveform":
+            data |= {key: vocabulary[key] for key in _OF_SOUND if key not in data and _takes(data, key)}
         model[PRETRAINED] = place
         return {**config, "model": model, "data": data, FINETUNE: dict(config.get(FINETUNE) or {})}
 
@@ -95,6 +100,13 @@ class Start:
         kept, kept_there = launch.datamodule.vocabulary, self.stored.vocabulary
         if size is None or size_there is None:
             return None
+        if kept and kept_there and kept["kind"] == kept_there["kind"] == "waveform" and say:
+            for key in _OF_SOUND:
+                if kept[key] != kept_there[key]:
+                    log.warning(
+                        "model.%s: %s heard sound of %s %s, and data.%s is %s: leave it out to have the same",
+                        PRETRAINED, self.name, key, kept_there[key], key, kept[key],
+                    )  # fmt: skip
         if any(words is None or words["kind"] == "waveform" for words in (kept, kept_there)):
             # without a name, as codes of sound are, a token is its number
             return None if size == size_there else [(i, i) for i in range(min(size, size_there))]
@@ -135,9 +147,10 @@ def save_adapter(launch: Launch, config: dict[str, Any], best: Path, folder: Pat
 
 
 def _takes(section: dict[str, Any], argument: str) -> bool:
-    """Whether the class of a section has such an argument."""
+    """Whether the class of a section, or one that it hands arguments on to, has such an argument."""
     try:
-        return argument in inspect.signature(import_class(str(section.get("class_path")))).parameters
+        kinds = import_class(str(section.get("class_path"))).__mro__
+        return any(argument in inspect.signature(kind).parameters for kind in kinds[:-1])
     except ValueError:
         # what is wrong with the class is said where it is built
         return False

@@ -13,7 +13,9 @@ import yaml
 from mambazoo.checkpoints.io import from_pretrained, load, save_pretrained
 from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
 from mambazoo.datamodules.vocab import EOS, Bytes, train_bpe, vocabulary_from_dict
+from mambazoo.datamodules.waveform import Waveform
 from mambazoo.recipes.cli import main
+from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.saving import read_checkpoint
@@ -302,3 +304,19 @@ def test_export_and_import_are_each_others_inverse(mambazoo: Command, base: Path
     assert code == 2
     assert "--output: mine is there and no model folder" in err
     assert Path("mine/thesis.txt").exists()
+
+
+def test_a_model_of_sound_hears_what_it_was_trained_on(
+    mambazoo: Command, sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_pretrained(
+        WaveformModel({"d_model": 16, "n_layers": 1}), Waveform("linear", 8000).to_dict(), tmp_path / "heard"
+    )
+    given = ("audio/finetune", "model.pretrained=heard", f"data.paths={sounds}", "data.length=256", *SMALL)
+    assert mambazoo("finetune", *given)[0] == 0
+    kept = yaml.safe_load(Path("runs/audio/finetune/1/recipe.yaml").read_text())["data"]
+    assert (kept["sample_rate"], kept["encoding"]) == (8000, "linear")
+    assert "heard heard" not in caplog.text
+    code, out, err = mambazoo("finetune", *given, "data.sample_rate=4000")
+    assert code == 0
+    assert "heard heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err

@@ -11,8 +11,10 @@ import pytest
 import yaml
 from mambazoo.checkpoints.io import save_pretrained
 from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
+from mambazoo.datamodules.waveform import Waveform
 from mambazoo.recipes.cli import main
 from mambazoo.recipes.find import ROOT, Recipe, compose, find, packaged
+from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 
@@ -79,6 +81,7 @@ def small(
     size = {"d_model": 16, "n_layers": 2}
     save_pretrained(LanguageModel(size, 257), {"kind": "bytes"}, tmp_path / "language")
     save_pretrained(GenomeModel(size, SIZE, COMPLEMENT), {"kind": "nucleotides"}, tmp_path / "genomics")
+    save_pretrained(WaveformModel(size), Waveform("mu-law", 8000).to_dict(), tmp_path / "audio")
     return {
         "audio": {"paths": str(sounds)},
         "language": {"paths": str(texts)},
@@ -96,7 +99,7 @@ def small(
         "synthetic": {},
         "synthetic/mqar": {"pairs": 4, "vocab_size": 40},
         "synthetic/induction-heads": {"valid_lengths": [32, 48]},
-        "models": {name: str(tmp_path / name) for name in ("language", "genomics")},
+        "models": {name: str(tmp_path / name) for name in ("audio", "language", "genomics")},
     }
 
 
