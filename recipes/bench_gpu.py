@@ -97,6 +97,18 @@ def scan(repeats: int, peers: bool) -> Iterator[Row]:
             3,
         )
         yield _row("scan", f"forward, {backend} back end", "1 x 32768 x 1024", value, "ms")
+    # as in B2S6: eight blocks of channels with a B and C of their own, complex states, a bias on B
+    arguments, dy = _scan_problem(32, 2048, 256)
+    for name in ("B", "C"):
+        arguments[name] = torch.randn(32, 2048, 8, 8, device=_DEVICE, dtype=torch.complex64).requires_grad_()
+    arguments["A"] = torch.complex(-torch.rand(256, 8), 3 * torch.rand(256, 8)).to(_DEVICE).requires_grad_()
+    arguments["B_bias"] = torch.randn(256, 8, device=_DEVICE, dtype=torch.complex64).requires_grad_()
+    call = partial(selective_scan, **arguments, delta_softplus=True)
+    yield _row("scan", "forward of B2S6", "32 x 2048 x 256", milliseconds(_without_grad(call), repeats), "ms")
+    backward = milliseconds(
+        partial(torch.autograd.grad, call()[0], list(arguments.values()), dy, retain_graph=True), repeats
+    )
+    yield _row("scan", "backward of B2S6", "32 x 2048 x 256", backward, "ms")
     for length in (65536, 1 << 20):
         arguments, dy = _scan_problem(1, length, 512)
         inputs = list(arguments.values())
