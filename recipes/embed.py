@@ -1,4 +1,4 @@
-"""The verb `embed`: a model's vectors of the records of a genome, or of intervals of it, in one file for numpy.
+"""The verb `embed`: a model's vectors of the records of a genome, or of intervals of it, in one file.
 
     embeddings                        (rows, d) float32; without pooling (bases, d), row after row
     offsets                           (rows + 1,): where the bases of each row are, without pooling
@@ -18,9 +18,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .dna import add_arguments as add_common_arguments
 from .dna import check_input, check_output, load_model, open_genome
-from .vectors import FORMATS, Row
+from .vectors import FORMATS, Row, Vectors
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from ..datamodules.genome import Genome
@@ -75,13 +77,18 @@ def run(arguments: Namespace) -> int:
     start = EOS if config.causal and isinstance(model, TokenModel) else None
     reader = VectorReader(model.embedding, model.backbone, arguments.pool, start)
     per_base = arguments.pool == "none"
-    shape = (bases if per_base else len(rows), config.d_model)
+    count = bases if per_base else len(rows)
     started = time.monotonic()
 
     def write(file: IO[bytes]) -> None:
-        with progress("embedding", shape[0]) as advance, autocast(model.device):
-            vectors = _vectors(reader, genome, rows, arguments.window)
-            FORMATS[path.suffix](file, rows, shape, vectors, advance, per_base)
+        with progress("embedding", count) as advance, autocast(model.device):
+
+            def parts() -> Iterator["NDArray[np.float32]"]:
+                for part in _vectors(reader, genome, rows, arguments.window):
+                    yield part.float().cpu().numpy()
+                    advance(len(part))
+
+            FORMATS[path.suffix](file, Vectors(rows, parts(), count, config.d_model, per_base))
 
     try:
         write_whole(path, write)
