@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("lengths", type=int, nargs="+")
     parser.add_argument("--held-out", type=float, default=0.05)
     arguments = parser.parse_args()
-    model = from_pretrained(arguments.model, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = from_pretrained(arguments.model, dtype=torch.float32).to(device)
     [files] = find_genomes([arguments.genome])
     files.build()
     genome = files.open()
@@ -59,8 +60,8 @@ def main() -> None:
     # as many as all lengths divide
     step = math.lcm(*arguments.lengths)
     parts = [part[: len(part) // step * step] for part in parts]
-    tokens = torch.cat([torch.from_numpy(tokens_of(part)) for part in parts]).long()
-    targets = torch.cat([torch.from_numpy(targets_of(part).copy()) for part in parts]).long()
+    tokens = torch.cat([torch.from_numpy(tokens_of(part)) for part in parts]).long().to(device)
+    targets = torch.cat([torch.from_numpy(targets_of(part).copy()) for part in parts]).long().to(device)
     surroundings = {
         key: value for key, value in environment().items() if key in ("commit", "hardware", "versions")
     }
