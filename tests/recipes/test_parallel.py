@@ -22,6 +22,8 @@ from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
 STEPS = 16
 # how often a run is killed; 50 and more when it is to be sure
 KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 4))
+# gpu takes a GPU a rank
+ACCELERATOR = os.environ.get("MAMBAZOO_TEST_ACCELERATOR", "cpu")
 at_length = pytest.mark.skipif(
     "MAMBAZOO_TEST_KILLS" not in os.environ, reason="the longer matrix runs with MAMBAZOO_TEST_KILLS=50"
 )
@@ -111,7 +113,7 @@ def recipes(folder: Path) -> dict[str, Path]:
     common = {
         "model": {"backbone": {"d_model": 16, "n_layers": 2}, "optimizer": {"lr": 3e-3, "warmup_steps": 5}},
         "trainer": {
-            "accelerator": "cpu", "max_steps": STEPS, "accumulate_grad_batches": 2, "val_check_interval": 14,
+            "accelerator": ACCELERATOR, "max_steps": STEPS, "accumulate_grad_batches": 2, "val_check_interval": 14,
             "log_every_n_steps": 1, "limit_val_batches": 2,
         },
         "callbacks": {"checkpoints": {"every_n_steps": 4}},
