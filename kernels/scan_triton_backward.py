@@ -60,7 +60,7 @@ def _pick_states(A2, states, WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl
 @triton.jit
 def _store_sums(
     ptr, value, pick, states, n, stride,
-    WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
+    WARPS: tl.constexpr, MMA: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Store the sum over each warp's channels (N,) of a tile (BLOCK_D, N), stride apart; by the matrix units if MMA."""
     if MMA:
@@ -72,17 +72,13 @@ def _store_sums(
         sums = tl.reshape(tl.broadcast_to(sums[:, None, :], (WARPS, 2, 16)), (WARPS, 32))
         lanes = tl.arange(0, 32)[None, :]
         tl.store(ptr + tl.arange(0, WARPS)[:, None] * stride + lanes % 16, sums, mask=lanes < n)
-    elif value.shape[1] > 32:
-        # lanes share the states, and those of the first channel store them. The hint, which is of channels, keeps them
-        # there: else they would be gathered, many lanes writing to one place in shared memory
+    else:
+        # All lanes have the sums, each rounded in its own way, and those of the first channel store them. The hint,
+        # which is of channels, keeps them there: else all lanes would write theirs to one place in shared memory
         rows = tl.arange(0, value.shape[0])[:, None]
         where = tl.max_contiguous(ptr + rows + states[None, :], [value.shape[0], 1])
         sums = tl.broadcast_to(tl.sum(value, 0)[None, :], value.shape)
         tl.store(where, sums, mask=(rows == 0) & (states < n)[None, :])
-    elif EVEN:
-        tl.store(ptr + states, tl.sum(value, 0))
-    else:
-        tl.store(ptr + states, tl.sum(value, 0), mask=states < n)
 
 
 @triton.jit
@@ -260,7 +256,6 @@ def forward_sweep_kernel(
                     WARPS,
                     MMA,
                     OPERAND,
-                    EVEN,
                 )
             else:
                 dC_tile += grad[:, None] * h
@@ -405,7 +400,7 @@ def backward_sweep_kernel(
                 store_row(d_delta + at * (ON * Y_TIME), d_raw, exists, EVEN)
             if B_ROWS:
                 _store_sums(
-                    dB + at * (ON * MATRIX_TIME), summed, pick, states, n, stride, WARPS, MMA, OPERAND, EVEN
+                    dB + at * (ON * MATRIX_TIME), summed, pick, states, n, stride, WARPS, MMA, OPERAND
                 )
             if B_TILE:
                 dB_tile += summed

@@ -158,7 +158,7 @@ def test_fuzz(case: int) -> None:
         assert_close(f"seed {seed}: final_state", h.cpu(), h_truth, tolerance)
         weights = [torch.randn_like(x) for x in (y, h)]
         found = gradients([y, h], here, weights)
-        weights = [w.cpu().double() for w in weights]
+        weights = [w.cpu().to(torch.complex128 if w.is_complex() else torch.float64) for w in weights]
         for name, expected in gradients([truth, h_truth], wide, weights).items():
             assert_close(f"seed {seed}: d{name}", found[name].cpu(), expected, tolerance)
 
