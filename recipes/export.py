@@ -51,11 +51,14 @@ def write(checkpoint: str, layout: str, folder: Path, dtype: str | None = None) 
     stored = read(checkpoint)
     if dtype is not None:
         wanted = getattr(torch, dtype)
-        cast = {
-            name: value if is_state_space(name) else value.to(wanted)
-            for name, value in stored.weights.items()
-        }
-        stored = stored._replace(weights=cast)
+        # what has several names stays one
+        cast = {(value.data_ptr(), value.shape): value.to(wanted) for value in stored.weights.values()}
+        stored = stored._replace(
+            weights={
+                name: value if is_state_space(name) else cast[value.data_ptr(), value.shape]
+                for name, value in stored.weights.items()
+            }
+        )
     texts = {}
     if stored.place.is_dir() and (stored.place / CARD).is_file():
         texts[CARD] = (stored.place / CARD).read_text(encoding="utf-8")

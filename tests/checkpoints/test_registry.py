@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from mambazoo.checkpoints import registry, remote
 from mambazoo.checkpoints.io import Stored, empty, export, from_pretrained, load, read, save_pretrained
 from mambazoo.checkpoints.registry import entries, find, locate
 from mambazoo.datamodules.alphabet import Nucleotides
-from mambazoo.datamodules.vocab import train_bpe
+from mambazoo.datamodules.vocab import Bytes, train_bpe
+from mambazoo.datamodules.waveform import Waveform
 from mambazoo.recipes.cli import main
 from mambazoo.zoo.config import SIZES
 from mambazoo.zoo.language import LanguageModel
@@ -114,6 +116,34 @@ def test_the_shipped_dna_model_knows_dna() -> None:
         logits, _ = model(tokens[:, :-1])
     bits = F.cross_entropy(logits.mT.float(), tokens[:, 1:]) / math.log(2)
     assert bits < 0.5
+
+
+def test_the_shipped_language_model_knows_python_and_english() -> None:
+    code = (
+        "def __init__(self, name: str) -> None:\n        self.name = name\n\n    def __repr__(self) -> str:\n"
+        '        return f"{type(self).__name__}({self.name!r})"\n'
+    )
+    prose = "He looked at her without a word, then went out of the room and shut the door behind him.\n"
+    model, vocabulary = load("language-3m")
+    assert vocabulary == Bytes().to_dict()
+    for text, limit in ((code, 0.6), (prose, 2.0)):
+        tokens = torch.tensor([[Bytes.eos, *text.encode()]])
+        with torch.inference_mode():
+            logits, _ = model(tokens[:, :-1])
+        assert F.cross_entropy(logits.mT.float(), tokens[:, 1:]) / math.log(2) < limit
+
+
+def test_the_shipped_audio_model_knows_tones() -> None:
+    model, vocabulary = load("audio-3m")
+    assert vocabulary is not None
+    waveform = Waveform.from_dict(vocabulary)
+    t = np.arange(3000) / waveform.sample_rate
+    # strings swing so, and it has 7.6 bits of the codes' own entropy to do better than
+    tone = sum(0.3 / k * np.sin(2 * np.pi * 440 * k * t + k) for k in range(1, 8)) * np.minimum(1, 40 * t)
+    codes = torch.from_numpy(waveform.encode(tone)).long()[None]
+    with torch.inference_mode():
+        logits, _ = model(codes[:, :-1])
+    assert F.cross_entropy(logits.mT.float(), codes[:, 1:]) / math.log(2) < 4.0
 
 
 def test_the_registry_says_how_many_parameters_there_are() -> None:

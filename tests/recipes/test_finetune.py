@@ -19,6 +19,7 @@ from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.saving import read_checkpoint
+from safetensors.torch import load_file
 
 BACKBONE = {"d_model": 16, "n_layers": 2}
 SMALL = (
@@ -295,6 +296,8 @@ def test_export_and_import_are_each_others_inverse(mambazoo: Command, base: Path
         assert model.embedding.weight.dtype == torch.bfloat16
         # the state space stays in float32
         assert model.backbone.layers[0].mixer.A_log.dtype == torch.float32
+        # what two names share is stored once
+        assert "head.weight" not in load_file(f"{layout} back/model.safetensors")
         with torch.no_grad():
             expected = from_pretrained(base, dtype=torch.bfloat16)(tokens)[0]
             assert torch.equal(model(tokens)[0], expected)
