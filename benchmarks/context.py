@@ -129,7 +129,11 @@ def main() -> None:
         gain = (short - long).view(-1, length)
         edges = [low for low in (1 << i for i in range(length.bit_length())) if shortest <= low <= length]
         for low, high in pairwise(edges):
-            say(f"gain over windows of {shortest}", f"{low} to {high}", gain[:, low:high].nanmean())
+            say(
+                f"gain in windows of {length} over {shortest}",
+                f"{low} to {high}",
+                gain[:, low:high].nanmean(),
+            )
 
 
 if __name__ == "__main__":
