@@ -89,7 +89,7 @@ def main() -> None:
         row |= {"value": round(away, 2), "unit": "dB from the truth"}
         print(json.dumps({**row, "command": command, **surroundings}), flush=True)
 
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
     panels = figure.subplots(2, len(classes), sharey=True)
     for column, name in enumerate(classes):
         for axes, sound in zip(panels[:, column], (truth[column][0], said[column * TIMES]), strict=True):
@@ -102,7 +102,7 @@ def main() -> None:
         panels[0, column].set_title(name)
     for axes, what in zip(panels[:, 0], ("recorded", "said by the model"), strict=True):
         axes.set_ylabel(what)
-    figure.savefig(arguments.picture, dpi=90, metadata={"Software": None})
+    figure.savefig(arguments.picture, dpi=75, metadata={"Software": None})
 
 
 if __name__ == "__main__":
