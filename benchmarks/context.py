@@ -28,7 +28,7 @@ from mambazoo.datamodules.genome import find_genomes
 from mambazoo.datamodules.sound import read_sound
 from mambazoo.datamodules.vocab import Bytes
 from mambazoo.datamodules.waveform import Waveform
-from mambazoo.recipes.runs import environment
+from mambazoo.recipes.runs import origin
 from torch import Tensor
 
 # tokens of a batch
@@ -102,13 +102,11 @@ def main() -> None:
         fills = zip(record, (first, IGNORE), strict=True)
         ends.append([F.pad(x[len(x) - held :], (0, -held % step), value=fill) for x, fill in fills])
     tokens, targets = (torch.cat(parts) for parts in zip(*ends, strict=True))
-    surroundings = {
-        key: value for key, value in environment().items() if key in ("commit", "hardware", "versions")
-    }
     names = " ".join(Path(file).name for file in arguments.files)
     lengths = " ".join(map(str, arguments.lengths))
     options = f"--lengths {lengths} --held-out {arguments.held_out}"
     command = f"python benchmarks/context.py {arguments.model} {names} {options}"
+    known = origin(command)
 
     def say(name: str, shape: str, value: Tensor) -> None:
         row = {
@@ -118,7 +116,7 @@ def main() -> None:
             "value": round(float(value), 4),
             "unit": f"bits per {what}",
         }
-        print(json.dumps({**row, "command": command, **surroundings}), flush=True)
+        print(json.dumps({**row, **known}), flush=True)
 
     shortest, *longer = sorted(arguments.lengths)
     short = bits(model, tokens, targets, shortest, first)

@@ -22,7 +22,7 @@ from mambazoo.checkpoints.io import load
 from mambazoo.datamodules.recordings import RecordingFiles, find_recordings
 from mambazoo.datamodules.waveform import FULL_SCALE, Waveform
 from mambazoo.recipes.recordings import spectrogram
-from mambazoo.recipes.runs import environment
+from mambazoo.recipes.runs import origin
 from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.generate import Sampling, generate
 from matplotlib.figure import Figure
@@ -78,16 +78,14 @@ def main() -> None:
     whole = [sound for sounds in truth for sound in sounds]
     of_truth = mean_spectrum(whole, rate)
     shuffled = [generator.permutation(sound) for sound in whole]
-    surroundings = {
-        key: value for key, value in environment().items() if key in ("commit", "hardware", "versions")
-    }
     archive = Path(arguments.recordings).name
     command = f"python benchmarks/digits_spectra.py {arguments.model} {archive} {arguments.picture}"
+    known = origin(command)
     for what, sounds in (("said by the model", said), ("other recordings", other), ("shuffled", shuffled)):
         away = float(np.sqrt(((mean_spectrum(sounds, rate) - of_truth) ** 2).mean()))
         row: dict[str, Any] = {"suite": "spectra", "name": what, "shape": f"{len(sounds)} clips"}
         row |= {"value": round(away, 2), "unit": "dB from the truth"}
-        print(json.dumps({**row, "command": command, **surroundings}), flush=True)
+        print(json.dumps({**row, **known}), flush=True)
 
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     panels = figure.subplots(2, len(classes), sharey=True)

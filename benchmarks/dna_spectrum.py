@@ -18,7 +18,7 @@ import torch
 from mambazoo import from_pretrained
 from mambazoo.datamodules.alphabet import EOS, tokens_of
 from mambazoo.datamodules.genome import find_genomes
-from mambazoo.recipes.runs import environment
+from mambazoo.recipes.runs import origin
 from mambazoo.zoo.generate import Sampling, generate
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -79,10 +79,8 @@ def main() -> None:
         "elsewhere in the genome": counts(other),
         "bases one by one": counts(drawn),
     }
-    surroundings = {
-        key: value for key, value in environment().items() if key in ("commit", "hardware", "versions")
-    }
     command = f"python benchmarks/dna_spectrum.py {arguments.model} {files.name} {arguments.picture}"
+    known = origin(command)
     of_truth = spectra.pop("the truth")
     for what, spectrum in spectra.items():
         row: dict[str, Any] = {
@@ -91,7 +89,7 @@ def main() -> None:
             "shape": f"{K}-mers of {ROWS} x {LENGTH}",
         }
         row |= {"value": round(divergence(of_truth, spectrum), 4), "unit": "bits from the truth"}
-        print(json.dumps({**row, "command": command, **surroundings}), flush=True)
+        print(json.dumps({**row, **known}), flush=True)
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(spectra), sharex=True, sharey=True)

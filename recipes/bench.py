@@ -44,7 +44,7 @@ def run(arguments: Namespace) -> int:
                 f"choose from {', '.join(suites)}"
             )
     from .launch import reuse_memory
-    from .runs import environment
+    from .runs import origin
 
     if on_gpu:
         # graphs are captured on any stream but the default one
@@ -53,14 +53,12 @@ def run(arguments: Namespace) -> int:
         reuse_memory()
     _verify("cuda" if on_gpu else "cpu")
 
-    surroundings = environment()
+    known = origin()
     rows: list[dict[str, Any]] = []
     for name in arguments.suite or suites:
         for row in suites[name](arguments.repeats, not arguments.no_peers):
             rows.append(row)
-            line = json.dumps(
-                {**row, **{key: surroundings[key] for key in ("command", "commit", "hardware", "versions")}}
-            )
+            line = json.dumps({**row, **known})
             print(json.dumps(row), flush=True)
             if arguments.output:
                 with arguments.output.open("a") as file:

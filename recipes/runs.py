@@ -108,6 +108,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def origin(command: str | None = None) -> dict[str, Any]:
+    """What a number is published with: the command that gave it, if it is not this one, commit, hardware, versions."""
+    found = environment()
+    kept = {key: found[key] for key in ("commit", "hardware", "versions")}
+    return {"command": command or found["command"], **kept}
+
+
 def summarise(
     run: Path, recipe: str, monitor: str, mode: str, parameters: int, tokens: int, seconds: float
 ) -> dict[str, Any]:
