@@ -15,12 +15,14 @@ FILE = "metrics.csv"
 class Journal(Logger):
     """Write every logged value as a row. A step is the number of optimiser steps done when it was measured.
 
-    A kill loses no row but the one being written; a resumed run drops the rows later than its checkpoint.
+    A kill loses no row but the one being written; a resumed run drops the rows later than its checkpoint. What is
+    logged of a training step twice, before its checkpoint and after it, is one row.
     """
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.path = Path(folder) / FILE
+        self._step, self._written = 0, set[str]()
 
     @property
     def name(self) -> str:
@@ -40,15 +42,22 @@ class Journal(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        # Lightning counts from the step before
+        step = (step or 0) + 1
+        if step != self._step:
+            self._step, self._written = step, set()
+        rows = [
+            (step, name, repr(float(value)))
+            for name, value in metrics.items()
+            if name != "epoch" and name not in self._written
+        ]
+        self._written |= {name for name in metrics if name.startswith("train/")}
         fresh = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
             if fresh:
                 writer.writerow(["step", "metric", "value"])
-            # Lightning counts from the step before
-            writer.writerows(
-                [(step or 0) + 1, name, repr(float(v))] for name, v in metrics.items() if name != "epoch"
-            )
+            writer.writerows(rows)
 
 
 def read_journal(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -203,11 +203,13 @@ class Checkpoints(Checkpoint):
         step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
         interval = trainer.val_check_batch
         self.owed = last or (interval is not None and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
-        if self.owed or trainer.should_stop or step % self.every_n_steps == 0:
-            self.save(trainer)
         if last:
             # Lightning validates once more before it stops
             trainer.should_stop = True
+        if self.owed or trainer.should_stop or step % self.every_n_steps == 0:
+            # Lightning logs a step after this: a kill in between would lose rows that no resumed run writes again
+            trainer._logger_connector.update_train_step_metrics()
+            self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not self.owed:

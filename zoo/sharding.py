@@ -1,4 +1,4 @@
-"""Training with parameters, gradients and optimiser state shared out over the ranks (FSDP2, a group of them per block).
+"""Training with parameters, gradients and optimiser state shared out over the ranks (FSDP2, a few blocks at a time).
 
 A checkpoint is the one that any other run writes, so that it goes on with any number of ranks and any strategy: whole,
 or with the tensors of each rank in a file of its own (shards.py).
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -25,11 +25,13 @@ from .saving import NAMES, read_tensors, write_part
 from .shards import FOLDER, part_name, remove_unnamed, split
 
 KINDS = ("whole", "sharded")
+# parameters that are gathered at once, where a block has fewer: the less often, the less small models wait
+TOGETHER = 1 << 22
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class FullySharded(ModelParallelStrategy):
-    """Each rank keeps its share of every tensor, and has the others' of a block only while that block runs.
+    """Each rank keeps its share of every tensor, and has the others' of some blocks only while those run.
 
     Parameters are gathered in the precision they are kept in, float32 under bf16-mixed, so that the state space stays
     exact; autocast then computes in bfloat16.
@@ -69,14 +71,13 @@ class FullySharded(ModelParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
-    def _shard(self, model: torch.nn.Module) -> None:
+    def _shard(self, model: nn.Module) -> None:
         # the first rank's values are everyone's, as under ddp
         for tensor in [*model.parameters(), *model.buffers()]:
             torch.distributed.broadcast(tensor.detach(), 0)
         mesh = self.device_mesh["data_parallel"]
-        for module in model.modules():
-            if isinstance(module, Block):
-                fully_shard(module, mesh=mesh)
+        for blocks in groups(model):
+            fully_shard(blocks, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for name in _STEPS:
             # the trainer calls these and not forward
@@ -129,6 +130,23 @@ class FullySharded(ModelParallelStrategy):
             return x
         whole = x.full_tensor()
         return whole.cpu() if self.is_global_zero else None
+
+
+def groups(model: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of a model, those that run one after the other together until they have TOGETHER parameters."""
+    found: list[list[nn.Module]] = []
+    for row in model.modules():
+        if not isinstance(row, nn.ModuleList):
+            continue
+        size = TOGETHER
+        for block in row:
+            if isinstance(block, Block):
+                if size >= TOGETHER:
+                    found.append([])
+                    size = 0
+                found[-1].append(block)
+                size += sum(p.numel() for p in block.parameters())
+    return found
 
 
 def _share(value: Any, like: Tensor | None) -> Any:

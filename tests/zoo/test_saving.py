@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from mambazoo.zoo.journal import Journal, read_journal, rewind_journal
+from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.randomness import random_states, set_random_states
 from mambazoo.zoo.saving import (
     AtomicCheckpointIO,
@@ -25,6 +27,7 @@ from mambazoo.zoo.saving import (
 from mambazoo.zoo.sharding import FullySharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.data import DataLoader
 
 # how often writing is killed; 100 when it is to be sure
 KILLS = int(os.environ.get("MAMBAZOO_TEST_KILLS", 10))
@@ -158,6 +161,30 @@ def test_random_states_come_back_through_a_checkpoint(tmp_path: Path) -> None:
     assert draw() != expected
     set_random_states(read_checkpoint(tmp_path / "x.ckpt")["random"])
     assert draw() == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_is_logged_before_it_is_saved(tmp_path: Path) -> None:
+    steps = []
+
+    class Watched(Checkpoints):
+        def save(self, trainer: L.Trainer) -> None:
+            assert read_journal(tmp_path)["train/loss"][-1][0] == trainer.global_step
+            steps.append(trainer.global_step)
+            super().save(trainer)
+
+    model = LanguageModel({"d_model": 16, "n_layers": 1}, vocab_size=20, optimizer={"schedule": "constant"})
+    rows = [torch.randint(20, (2, 9)) for _ in range(6)]
+    batches = DataLoader([{"inputs": row[:, :-1], "targets": row[:, 1:]} for row in rows], batch_size=None)
+    trainer = L.Trainer(
+        max_steps=6, accelerator="cpu", logger=Journal(str(tmp_path)), log_every_n_steps=1, val_check_interval=3,
+        callbacks=[Watched(str(tmp_path), 2)], enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(model, batches, batches)
+    assert steps == [2, 3, 4, 6]
+    logged = [step for step, _ in read_journal(tmp_path)["train/loss"]]
+    assert logged == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_journal_is_rewound_to_a_checkpoint(tmp_path: Path) -> None:
