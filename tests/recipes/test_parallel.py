@@ -1,5 +1,6 @@
 """Runs of several ranks: the losses of one, checkpoints for any number of them, kills at any moment."""
 
+import contextlib
 import csv
 import os
 import random
@@ -33,6 +34,17 @@ context = get_context("forkserver")
 context.set_forkserver_preload(["torch", "lightning", "matplotlib.figure", "mambazoo.recipes.train"])
 
 
+def free_ports() -> int:
+    """The first of two ports in a row that nobody has: of the ranks' own, and of the table that they start by."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("", port + 1))
+                return port
+
+
 class Run:
     """A command in as many processes as it has ranks, started as torchrun starts them."""
 
@@ -40,9 +52,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.output = folder / "output.txt"
         environment = {"OMP_NUM_THREADS": "1", "MAMBAZOO_CACHE": str(folder.parent / "cache")}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_ports()
         values = {"folder": str(folder), "arguments": list(arguments), "before": before}
         self.processes: list[Any] = []
         for rank in range(ranks):
