@@ -35,31 +35,34 @@ from torch import Tensor
 BATCH = 65536
 
 
-def of_genomes(files: list[str]) -> list[tuple[Tensor, Tensor]]:
-    """The tokens (t,) and targets (t,) of every record."""
+def of_genomes(files: list[str], held_out: float) -> list[tuple[Tensor, Tensor]]:
+    """The tokens (t,) and targets (t,) of the last part of every record."""
     found = []
     for given in find_genomes(files):
         given.build()
         genome = given.open()
         for name in genome.names:
-            record = genome.read(name, 0, genome.length(name))
+            size = genome.length(name)
+            record = genome.read(name, size - round(size * held_out), size)
             found.append(
                 (torch.from_numpy(tokens_of(record)), torch.from_numpy(targets_of(record).copy()).long())
             )
     return found
 
 
-def of_recordings(files: list[str], waveform: Waveform) -> list[tuple[Tensor, Tensor]]:
-    """The codes of every recording, once as tokens (t,) and once as targets."""
+def of_recordings(files: list[str], held_out: float, waveform: Waveform) -> list[tuple[Tensor, Tensor]]:
+    """The codes of the last part of every recording, once as tokens (t,) and once as targets."""
     sounds = [np.concatenate(list(read_sound(Path(file), waveform.sample_rate))) for file in files]
-    codes = [torch.from_numpy(waveform.encode(sound)) for sound in sounds]
+    ends = [sound[len(sound) - round(len(sound) * held_out) :] for sound in sounds]
+    codes = [torch.from_numpy(waveform.encode(end)) for end in ends]
     return [(code, code.long()) for code in codes]
 
 
-def of_documents(files: list[str]) -> list[tuple[Tensor, Tensor]]:
-    """The bytes of every document, once as tokens (t,) and once as targets."""
+def of_documents(files: list[str], held_out: float) -> list[tuple[Tensor, Tensor]]:
+    """The bytes of the last part of every document, once as tokens (t,) and once as targets."""
     texts = [b"".join(document) for source in find_sources(files) for document in source.documents()]
-    codes = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts if text]
+    ends = [text[len(text) - round(len(text) * held_out) :] for text in texts]
+    codes = [torch.frombuffer(bytearray(end), dtype=torch.uint8) for end in ends if end]
     return [(code.int(), code.long()) for code in codes]
 
 
@@ -84,27 +87,27 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", required=True)
     parser.add_argument("--held-out", type=float, default=0.05)
     arguments = parser.parse_args()
+    held = arguments.held_out
     model, kept = load(arguments.model)
     model.float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
     assert kept is not None
     if kept["kind"] == "waveform":
         waveform = Waveform.from_dict(kept)
-        records, first, what = of_recordings(arguments.files, waveform), int(waveform.silence), "sample"
+        records, first, what = of_recordings(arguments.files, held, waveform), int(waveform.silence), "sample"
     elif kept["kind"] == "bytes":
-        records, first, what = of_documents(arguments.files), Bytes.eos, "byte"
+        records, first, what = of_documents(arguments.files, held), Bytes.eos, "byte"
     else:
-        records, first, what = of_genomes(arguments.files), EOS, "base"
+        records, first, what = of_genomes(arguments.files, held), EOS, "base"
     # filled up to what all lengths divide
     step = math.lcm(*arguments.lengths)
-    ends = []
-    for record in records:
-        held = round(len(record[0]) * arguments.held_out)
-        fills = zip(record, (first, IGNORE), strict=True)
-        ends.append([F.pad(x[len(x) - held :], (0, -held % step), value=fill) for x, fill in fills])
-    tokens, targets = (torch.cat(parts) for parts in zip(*ends, strict=True))
+    filled = [
+        [F.pad(x, (0, -len(x) % step), value=fill) for x, fill in zip(record, (first, IGNORE), strict=True)]
+        for record in records
+    ]
+    tokens, targets = (torch.cat(parts) for parts in zip(*filled, strict=True))
     names = " ".join(Path(file).name for file in arguments.files)
     lengths = " ".join(map(str, arguments.lengths))
-    options = f"--lengths {lengths} --held-out {arguments.held_out}"
+    options = f"--lengths {lengths} --held-out {held}"
     command = f"python benchmarks/context.py {arguments.model} {names} {options}"
     known = origin(command)
 

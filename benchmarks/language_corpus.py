@@ -19,7 +19,7 @@ from pathlib import Path
 from mambazoo.datamodules.documents import STDLIB, find_sources
 
 HELD_OUT = 50
-# bytes of a part of a book
+# letters of a part of a book
 PART = 32768
 PACKAGES = ("torch", "sympy", "numpy")
 LEFT_OUT = {"test", "tests", "testing", "_generated"}

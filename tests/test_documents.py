@@ -43,6 +43,15 @@ def test_the_pictures_of_a_document_are_there_and_small(path: Path) -> None:
         assert 1000 < (path.parent / picture).stat().st_size < 200_000
 
 
+def test_every_picture_is_shown() -> None:
+    shown = {
+        picture
+        for path in (ROOT / "docs").glob("*.md")
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text())
+    }
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} <= shown
+
+
 @pytest.fixture
 def plots() -> ModuleType:
     spec = importlib.util.spec_from_file_location("plots", ROOT / "docs" / "plots.py")

@@ -138,7 +138,7 @@ def test_the_shipped_audio_model_knows_tones() -> None:
     assert vocabulary is not None
     waveform = Waveform.from_dict(vocabulary)
     t = np.arange(3000) / waveform.sample_rate
-    # strings swing so, and it has 7.6 bits of the codes' own entropy to do better than
+    # as a string swings; an even guess has 8 bits
     tone = sum(0.3 / k * np.sin(2 * np.pi * 440 * k * t + k) for k in range(1, 8)) * np.minimum(1, 40 * t)
     codes = torch.from_numpy(waveform.encode(tone)).long()[None]
     with torch.inference_mode():
