@@ -140,7 +140,8 @@ class Subwords:
         special = {
             token for token, added in self.tokenizer.get_added_tokens_decoder().items() if added.special
         }
-        lengths = [_piece_length(piece, self._is_byte_level()) for piece in pieces]
+        byte_level = self._is_byte_level()
+        lengths = [_piece_length(piece, byte_level) for piece in pieces]
         return np.array([0 if i in special else length for i, length in enumerate(lengths)], dtype=np.int64)
 
     def names(self) -> list[bytes]:
