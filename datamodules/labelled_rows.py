@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from .base import DataModule
+from .base import DataModule, Ordered
 from .cache import TokenFile, build_folder, cache_root
 from .classes import count_classes
 from .genomics import pad
+from .order import EndlessBatches, SimilarBatches
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,15 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def length(self, index: int) -> int:
+        """How many tokens a row has."""
+        return int(self.ends.array[index]) - (int(self.ends.array[index - 1]) if index else 0)
+
     def read(self, index: int, pass_: int) -> dict[str, Any]:
         """A row's tokens (l,), and its class."""
-        start = int(self.ends.array[index - 1]) if index else 0
+        end = int(self.ends.array[index])
         return {
-            "tokens": self.tokens.array[start : int(self.ends.array[index])],
+            "tokens": self.tokens.array[end - self.length(index) : end],
             "label": int(self.labels.array[index]),
         }
 
@@ -56,8 +62,9 @@ class LabelledRows:
 class LabelledRowsDataModule(DataModule):
     """Rows of up to `length` tokens below 256, each of one of `classes`.
 
-    A batch has `inputs` (b, l), padded at the end, `labels` (b,) and `lengths` (b,). A subclass says what decides the
-    rows (`digest`) and makes them (`make_rows`). After `setup`, `majority` is the share of the commonest class.
+    A batch has `inputs` (b, l), padded at the end, `labels` (b,) and `lengths` (b,); in training, of rows of about one
+    length (order.SimilarBatches). A subclass says what decides the rows (`digest`) and makes them (`make_rows`). After
+    `setup`, `majority` is the share of the commonest class.
 
     Args:
         classes: the name of each.
@@ -107,6 +114,18 @@ class LabelledRowsDataModule(DataModule):
 
     def baselines(self) -> Iterator[tuple[str, float]]:
         yield "the commonest class, accuracy", self.majority["val"]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        world, rank = self._world()
+        rows = self.samples["train"]
+        assert isinstance(rows, LabelledRows)
+        ordered = Ordered(rows, self.seed)
+        batches = SimilarBatches(
+            EndlessBatches(self.position, self.batch_size, rank, world),
+            lambda number: rows.length(ordered.place(number)[0]),
+            self.seed,
+        )
+        return self._loader(ordered, batches)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         # of 16 bits, for a byte and a padding that is none

@@ -4,7 +4,7 @@ Sample number g, counted over all ranks since the first step, is sample `permute
 whole state of the data is one integer, the samples consumed; workers, ranks and resumed runs share one order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _MASK = (1 << 64) - 1
 # the number of a sample that is read in place of one that is not there, and counts for nothing
@@ -80,6 +80,37 @@ class GrowingBatches:
             read = (batch[0] - offset) * self.length
             halved = sum(read < tokens for tokens in self.doublings)
             yield [(halved, (number << halved) + i) for number in batch for i in range(1 << halved)]
+
+
+class SimilarBatches:
+    """Endless batches of rows of about one length, so that little of them is padding.
+
+    Of POOL batches of all ranks in a row, the samples are sorted by length and dealt out anew, the batches in an order
+    of their own. The position counts samples as ever; one at which no such batch begins, after a change of their size,
+    stands for the batch that it is in.
+    """
+
+    POOL = 32
+
+    def __init__(self, batches: EndlessBatches, length_of: Callable[[int], int], seed: int) -> None:
+        self.batches, self.length_of, self.seed = batches, length_of, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        world, rank = self.batches.world, self.batches.rank
+        size = world * self.batches.batch_size
+        turn, pool, numbers = self.batches.position // size, -1, list[int]()
+        while True:
+            before, (pool, place) = pool, divmod(turn, self.POOL)
+            if pool != before:
+                first = pool * self.POOL * size
+                numbers = sorted(range(first, first + self.POOL * size), key=self.length_of)
+            start = permute(place, self.POOL, self.seed, pool) * size
+            # neighbours to different ranks, so that none waits for another
+            yield numbers[start + rank : start + size : world]
+            turn += 1
 
 
 class OrderedBatches:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from mambazoo.datamodules.base import DataModule
-from mambazoo.datamodules.order import EndlessBatches, GrowingBatches, OrderedBatches, permute
+from mambazoo.datamodules.order import EndlessBatches, GrowingBatches, OrderedBatches, SimilarBatches, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 100, 1000])
@@ -29,7 +29,7 @@ def test_the_order_is_mixed() -> None:
     assert abs(sum(order[: n // 2]) / (n // 2) - n / 2) < n / 20
 
 
-def take(batches: EndlessBatches, count: int) -> list[list[int]]:
+def take(batches: EndlessBatches | SimilarBatches, count: int) -> list[list[int]]:
     iterator = iter(batches)
     return [next(iterator) for _ in range(count)]
 
@@ -72,6 +72,32 @@ def test_growing_batches_go_on_from_any_position_on_any_ranks() -> None:
     assert grow(8, 4, 0, 1, 3) == whole[2:]
     ranks = [grow(8, 2, rank, 2, 3) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole[2:]]
+
+
+def alike(position: int, batch_size: int, rank: int, world: int, count: int) -> list[list[int]]:
+    batches = EndlessBatches(position, batch_size, rank, world)
+    return take(SimilarBatches(batches, lambda number: permute(number % 500, 500, 7), seed=1), count)
+
+
+def test_batches_of_one_length_have_every_sample_once() -> None:
+    pool = SimilarBatches.POOL
+    for first in range(0, 3 * pool, pool):
+        batches = alike(4 * first, 4, 0, 1, pool)
+        assert sorted(number for batch in batches for number in batch) == list(
+            range(4 * first, 4 * first + 4 * pool)
+        )
+        lengths = [[permute(number % 500, 500, 7) for number in batch] for batch in batches]
+        spread = sum(max(row) - min(row) for row in lengths) / pool
+        assert spread < 500 / 10
+        # but not one after the other
+        assert [row[0] for row in lengths] != sorted(row[0] for row in lengths)
+
+
+def test_batches_of_one_length_go_on_from_any_position_on_any_ranks() -> None:
+    whole = alike(0, 4, 0, 1, 80)
+    assert alike(4 * 45, 4, 0, 1, 35) == whole[45:]
+    ranks = [alike(4 * 45, 2, rank, 2, 35) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole[45:]]
 
 
 class Few:
