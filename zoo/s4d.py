@@ -4,8 +4,8 @@
     K_k = C . (exp(k delta A) gain)                                       (equations 2 to 5; B is part of C)
 
 What never changes along time is a convolution: one Fourier transform over the whole length, where a scan walks. A
-state that comes in or goes out takes products with powers of the decay. Steps and packed sequences go through the
-recurrence.
+state that comes in or goes out takes products with powers of the decay. Packed sequences are convolved side by side,
+those of about one length at once; with states they go through the recurrence, as steps do.
 
 It is the model that `Mamba` is with `selective: []`, computed faster and started as S4D is; there delta, B and C can be
 given to the input one by one, here they cannot. So pattern "s4d" beside "mamba" is the control that differs from
@@ -13,6 +13,7 @@ the selective block in selection alone (Mamba, table 6); block "s4" is the layer
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.reference import hold
 from ..kernels.scan import selective_scan
+from ..kernels.sequences import boundaries
 from .config import S4DConfig
 from .mamba import MambaState, full, steps_before_softplus
 from .mixer import Mixer
@@ -104,6 +106,33 @@ class S4D(Mixer):
             after = torch.exp(l * delta.unsqueeze(-1) * A) * before + gain * self._sum(x)
             return y + self._read(C * decay * before, l).mT, after
 
+    def _convolve_packed(self, u: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """K * u + D u of each of the sequences in u (1, l, d_inner)."""
+        bounds = boundaries(cu_seqlens, u.shape[1])
+        # at most half of a row is padding where the lengths of a batch of rows have as many bits
+        batches: dict[int, list[int]] = {}
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            batches.setdefault((end - start).bit_length(), []).append(i)
+        # where the first output of each sequence lies among those of all batches
+        places, made, outputs = [0] * (len(bounds) - 1), 0, []
+        for batch in batches.values():
+            length = max(bounds[i + 1] - bounds[i] for i in batch)
+            if not length:
+                continue
+            chosen = cu_seqlens.new_tensor(batch)
+            starts, ends = cu_seqlens[chosen].unsqueeze(1), cu_seqlens[chosen + 1].unsqueeze(1)
+            times = starts + torch.arange(length, device=u.device, dtype=starts.dtype)
+            rows = u[0].index_select(0, times.clamp(max=u.shape[1] - 1).flatten()).view(*times.shape, -1)
+            rows = torch.where((times < ends).unsqueeze(-1), rows, rows.new_zeros(()))
+            outputs.append(self.convolve(rows)[0].flatten(0, 1))
+            for row, i in enumerate(batch):
+                places[i] = made + row * length
+            made += len(batch) * length
+        shifts = cu_seqlens.new_tensor(places) - cu_seqlens[:-1]
+        times = torch.arange(u.shape[1], device=u.device, dtype=shifts.dtype)
+        own = shifts.repeat_interleave(cu_seqlens.diff(), output_size=u.shape[1])
+        return torch.cat(outputs).index_select(0, times + own).unsqueeze(0)
+
     def _read(self, rows: Tensor, l: int) -> Tensor:
         """rows (..., d_inner, n) times the powers 0 to l - 1 of the decay, summed over states: (..., d_inner, l)."""
         coarse, fine = self._powers(l)
@@ -154,8 +183,12 @@ class S4D(Mixer):
                 cu_seqlens=cu_seqlens,
             )
         before = None if state is None else state.ssm
-        if cu_seqlens is None and u.numel():
+        # compiled code has no lengths to sort sequences by
+        apart = state is None and not torch.compiler.is_compiling()
+        if u.numel() and cu_seqlens is None:
             y, ssm_state = self.convolve(u, before)
+        elif u.numel() and cu_seqlens is not None and apart:
+            y, ssm_state = self._convolve_packed(u, cu_seqlens), None
         else:
             delta, A, C = self.state_space()
             y, ssm_state = selective_scan(
