@@ -5,6 +5,7 @@ what summary.json says, and the commit, command and hardware; a measurement's is
 stand beside ours where published.json names the recipe. Nothing here needs PyTorch.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -73,6 +74,13 @@ class Experiment(NamedTuple):
 
     recipe: str
     cells: list[tuple[Row, list[Row]]]
+
+    @property
+    def name(self) -> str:
+        """What its picture is called, whatever stands before it on a page."""
+        over, [row, *_] = self.cells[0]
+        kind = json.dumps([row.get("overrides", []), sorted(over)])
+        return f"{self.recipe.replace('/', '-')}-{hashlib.sha256(kind.encode()).hexdigest()[:6]}"
 
     @property
     def metrics(self) -> list[str]:
@@ -170,9 +178,9 @@ def page(sources: list[Path], rows: list[Row], output: Path) -> str:
         + "; nothing is typed by hand. After ± stands the standard deviation over seeds."
     ]
     found = experiments(row for row in rows if "recipe" in row)
-    for number, experiment in enumerate(found, 1):
+    for experiment in found:
         own = [row for _, cell in experiment.cells for row in cell]
-        picture = output.with_name(f"{output.stem}-{experiment.recipe.replace('/', '-')}-{number}.png")
+        picture = output.with_name(f"{output.stem}-{experiment.name}.png")
         parts += [f"## {experiment.recipe}", table(experiment)]
         if draw_experiment(experiment, picture):
             parts.append(f"![{experiment.recipe}]({picture.name})")
@@ -180,9 +188,9 @@ def page(sources: list[Path], rows: list[Row], output: Path) -> str:
         seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in own}))
         parts.append(f"{_origin(own)} Seeds {seeds}; {seconds / 60:,.1f} minutes of training in all.")
     suites = [row for row in rows if "suite" in row]
-    for number, hardware in enumerate(dict.fromkeys(map(_hardware, suites)), 1):
+    for hardware in dict.fromkeys(map(_hardware, suites)):
         own = [row for row in suites if _hardware(row) == hardware]
-        picture = output.with_name(f"{output.stem}-bench-{number}.png")
+        picture = output.with_name(f"{output.stem}-bench-{re.sub(r'[^a-z0-9]+', '-', hardware.lower())}.png")
         parts += [f"## Measured on {hardware}", measurements(own)]
         if draw_measurements(own, picture):
             parts.append(f"![measured on {hardware}]({picture.name})")
@@ -191,10 +199,15 @@ def page(sources: list[Path], rows: list[Row], output: Path) -> str:
 
 
 def draw_experiment(experiment: Experiment, path: Path) -> bool:
-    """Draw each metric over the cells, a dot a seed, or metrics that end in a number over it; whether there is any."""
+    """Draw each metric over the cells, a dot a seed, or metrics that end in a number over it; whether there is any.
+
+    Of one cell there is nothing to compare, and only the second is drawn.
+    """
     plain, families = experiment.by_length
+    if len(experiment.cells) < 2:
+        plain = []
     labels = [", ".join(_text(value) for value in over.values()) or "ours" for over, _ in experiment.cells]
-    if not any(scores(row) for _, rows in experiment.cells for row in rows):
+    if not plain and not families:
         return False
     figure, panels = _panels(len(plain) + len(families))
     for axes, name in zip(panels, plain, strict=False):
