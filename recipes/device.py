@@ -28,6 +28,22 @@ def to_device(model: Model, device: str | None) -> Model:
         raise ValueError(f"--device: a model cannot be put on {device!r} ({reason})") from None
 
 
+def to_write(model: Model, device: str | None) -> Model:
+    """The model on a device, to draw tokens one by one: a step reads all weights, which on a GPU become bfloat16.
+
+    Raises:
+        ValueError: when there is no such device.
+    """
+    import torch
+
+    from ..zoo.optim import cast
+
+    model = to_device(model, device)
+    if precision(model.device) == "bfloat16":
+        cast(model, torch.bfloat16)
+    return model
+
+
 def precision(device: "torch.device") -> str:
     """What a model computes in on a device, beside what it keeps in float32."""
     return "bfloat16" if device.type == "cuda" else "float32"

@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> int:
     from ..zoo.audio import WaveformModel
     from ..zoo.generate import Sampling, generate
     from ..zoo.tokens import TokenModel
-    from .device import to_device
+    from .device import to_write
     from .dna import check_output
     from .media import MEDIA, Text
 
@@ -66,7 +66,7 @@ def run(arguments: Namespace) -> int:
     if vocabulary is None:
         raise ValueError(f"{arguments.checkpoint} has no vocabulary: was it trained on data that names one?")
     if isinstance(model, WaveformModel):
-        model = to_device(model, arguments.device)
+        model = to_write(model, arguments.device)
         return recordings.write_recordings(model, vocabulary, arguments, sampling)
     words = vocabulary_from_dict(vocabulary)
     if words.size > model.head.vocab_size:
@@ -81,7 +81,7 @@ def run(arguments: Namespace) -> int:
     ]
     tokens = [medium.encode(prompt) for prompt in repeated]
     seeds = [arguments.seed + i % arguments.number for i in range(len(repeated))]
-    model, name = to_device(model, arguments.device), _name(arguments.checkpoint)
+    model, name = to_write(model, arguments.device), _name(arguments.checkpoint)
     medium.begin(repeated, [f"{name}_seed{seed}_{i}" for i, seed in enumerate(seeds, 1)])
     for drawn in generate(model, tokens, arguments.max_new_tokens, sampling, stop=words.eos, seeds=seeds):
         for i, token in enumerate(drawn):

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from mambazoo.checkpoints.io import save_pretrained
 from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
 from mambazoo.datamodules.waveform import Waveform
+from mambazoo.recipes import device
 from mambazoo.recipes.cli import main
 from mambazoo.recipes.find import ROOT, Recipe, compose, find, packaged
 from mambazoo.zoo.audio import WaveformModel
@@ -375,3 +377,13 @@ def test_mamba_is_timed_beside_attention(monkeypatch: pytest.MonkeyPatch) -> Non
     table = bench.table(rows)
     assert table.count("the scan is") == 4
     assert table.count("mamba-130m is") == 2
+
+
+def test_a_model_that_writes_has_its_weights_in_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel({"d_model": 16, "n_layers": 1}, vocab_size=7)
+    assert {p.dtype for p in device.to_write(model, "cpu").parameters()} == {torch.float32}
+    monkeypatch.setattr(device, "precision", lambda _: "bfloat16")
+    kinds = {name.rpartition(".")[2]: p.dtype for name, p in device.to_write(model, "cpu").named_parameters()}
+    assert kinds["weight"] == torch.bfloat16
+    # but for the state space
+    assert kinds["A_log"] == torch.float32
