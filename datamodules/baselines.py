@@ -118,6 +118,29 @@ def kmer_accuracy(
     return regression_accuracy(counts[0], counts[1], classes, decay)
 
 
+def length_accuracy(
+    train: tuple[NDArray[np.int64], NDArray[np.int64]],
+    held_out: tuple[NDArray[np.int64], NDArray[np.int64]],
+    classes: int,
+    neighbours: int = 5,
+) -> float:
+    """The share of held-out sequences that their length alone puts into the right class.
+
+    Each gets the class that is commonest where lengths are as near to its own as those of so many neighbours.
+
+    Args:
+        train, held_out: lengths of sequences (n,), and their classes (n,).
+    """
+    (lengths, labels), (own, wanted) = train, held_out
+    right = 0
+    for length in np.unique(own):
+        distances = np.abs(lengths - length)
+        reach = np.sort(distances)[min(neighbours, len(distances)) - 1]
+        guess = np.bincount(labels[distances <= reach], minlength=classes).argmax()
+        right += int((wanted[own == length] == guess).sum())
+    return right / len(own)
+
+
 def spectrum_accuracy(
     train: tuple[list[NDArray[np.float32]], NDArray[np.int64]],
     held_out: tuple[list[NDArray[np.float32]], NDArray[np.int64]],

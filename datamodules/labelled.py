@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .alphabet import COMPLEMENT, FOREIGN, PAD, SIZE, Nucleotides, reverse_complement, stored, tokens_of
 from .base import DataModule
-from .baselines import kmer_accuracy
+from .baselines import kmer_accuracy, length_accuracy
 from .classes import count_classes, sort_classes
 from .genome import Genome, find_genomes
 from .genomics import pad
@@ -260,6 +260,11 @@ class LabelledSequenceDataModule(DataModule):
     def baselines(self) -> Iterator[tuple[str, float]]:
         yield "the commonest class, accuracy", self.majority["val"]
         train, held_out = (self._sequences(split) for split in ("train", "val"))
+        lengths = [
+            (np.array([len(sequence) for sequence in sequences]), labels)
+            for sequences, labels in (train, held_out)
+        ]
+        yield "the length alone, accuracy", length_accuracy(lengths[0], lengths[1], self.num_classes)
         for k in WORDS:
             yield f"{k}-mer regression, accuracy", kmer_accuracy(train, held_out, self.num_classes, k)
 

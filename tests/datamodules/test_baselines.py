@@ -10,6 +10,7 @@ from mambazoo.datamodules import baselines
 from mambazoo.datamodules.baselines import (
     kmer_accuracy,
     kmer_counts,
+    length_accuracy,
     markov_bits,
     prediction_bits,
     spectrum_accuracy,
@@ -118,3 +119,16 @@ def test_spectra_tell_pitches_apart_but_not_loudness() -> None:
     assert found[1] < 0.8
     short = ([np.zeros(0, np.float32), np.ones(3, np.float32)], np.array([0, 1]))
     assert 0 <= spectrum_accuracy(short, short, 8000, 2) <= 1
+
+
+def test_lengths_alone_tell_what_they_can() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=400)
+    # two classes of many lengths, and one of a single length that others seldom have
+    lengths = np.where(labels == 2, 200, rng.integers(100, 300, size=400))
+    train, held_out = (lengths[:300], labels[:300]), (lengths[300:], labels[300:])
+    found = length_accuracy(train, held_out, 3)
+    assert 0.5 < found < 0.9
+    assert length_accuracy((lengths[:300], labels[:300] // 2), (lengths[300:], labels[300:] // 2), 2) > 0.95
+    # fewer sequences than neighbours, and lengths that nobody has
+    assert length_accuracy((np.array([10]), np.array([1])), (np.array([5, 90]), np.array([1, 0])), 2) == 0.5
