@@ -31,6 +31,7 @@ from .baselines import markov_bits
 from .genome import Genome, find_genomes
 from .intervals import Interval
 from .order import EndlessBatches, GrowingBatches, mix
+from .sequences import BLOCK
 from .splits import Selection, select, split_genomes
 from .windows import HeldOutWindows, RandomWindows, Stretches, Windows
 
@@ -108,7 +109,9 @@ class GenomeDataModule(DataModule):
 
     @property
     def vocabulary(self) -> dict[str, Any] | None:
-        return Nucleotides().to_dict()
+        # of masked bases even a causal model learns, and nobody could tell it by its shape
+        learnt = {"objective": "masked"} if self.objective == "masked" else {}
+        return Nucleotides().to_dict() | learnt
 
     def describe(self) -> str:
         size = sum(files.size() for files in self.files)
@@ -129,15 +132,21 @@ class GenomeDataModule(DataModule):
             None if self.hide is None else self._places(select(self.genomes, self.hide, "data.hide"))
         )
         for split, parts in self.parts.items():
+            key = {"train": "train", "val": "valid", "test": "test"}[split]
             sizes = np.concatenate([part.sizes for part in parts])
             log.info(
                 "%s: %d bases in %d stretches, %d of them shorter than %d and padded",
                 split, sizes.sum(), len(sizes), (sizes < self.length).sum(), self.length,
             )  # fmt: skip
             if not len(sizes):
-                key = {"train": "train", "val": "valid", "test": "test"}[split]
                 raise ValueError(
                     f"data.{key}: there is not a base in it; hold out less, or give more genomes"
+                )
+            if not any(map(_has_bases, parts)):
+                paths = [str(path) for files in self.files for path in files.files]
+                more = ", ..." * (len(paths) > 3)
+                raise ValueError(
+                    f"data.{key}: there is no A, C, G or T in it, only N and the like: {', '.join(paths[:3])}{more}"
                 )
         for genome in self.genomes:
             log.info(
@@ -267,6 +276,15 @@ class _Stages(Dataset[Any]):
         """The index of a window among those of its length, and in which pass it is read."""
         halved, number = item
         return self.stages[halved].place(number)
+
+
+def _has_bases(part: Stretches) -> bool:
+    """Whether there is an A, C, G or T in stretches."""
+    return any(
+        (tokens_of(part.sequence.array[at : min(at + BLOCK, end)]) < BASES).any()
+        for start, end in zip(part.starts, part.ends, strict=True)
+        for at in range(start, end, BLOCK)
+    )
 
 
 def pad(rows: list[NDArray[Any]], value: int) -> NDArray[Any]:

@@ -1,6 +1,7 @@
 """Stretches of genomes, and BED files of them: how training, validation and test data are kept apart."""
 
 import gzip
+import logging
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 from .bgzip import is_packed
 from .genome import Genome
+
+log = logging.getLogger(__name__)
 
 # a BED file has these among its lines, which name no interval
 _REMARKS = ("#", "track", "browser")
@@ -37,8 +40,11 @@ class BedLine:
 def read_bed(path: Path) -> list[BedLine]:
     """The intervals of a BED file (plain or .gz; columns record, start, end, and more), in its order.
 
+    Where neighbours leave out one base between them they are warned of, for they seem to be counted from 1; of an
+    interval that lies alone that cannot be told.
+
     Raises:
-        ValueError: with file and line, for what is no interval, and where intervals are counted from 1.
+        ValueError: with file and line, for what is no interval, and where such neighbours start at 1.
     """
     found: list[BedLine] = []
     for number, text in read_lines(path):
@@ -56,7 +62,7 @@ def read_bed(path: Path) -> list[BedLine]:
         found.append(BedLine(number, Interval(record, start, end), fields[3:]))
     if not found:
         raise ValueError(f"{path}: there is no interval in it")
-    _refuse_one_based(path, found)
+    _notice_one_based(path, found)
     return found
 
 
@@ -95,15 +101,39 @@ def is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19
 
 
-def _refuse_one_based(path: Path, lines: list[BedLine]) -> None:
-    """Refuse neighbours that leave out one base where the first starts at 1: they were counted from 1."""
-    for one, two in pairwise(lines):
-        a, b = one.interval, two.interval
-        if a.record == b.record and a.start == 1 and b.start == a.end + 1:
+def is_reverse(path: Path, line: BedLine) -> bool:
+    """Whether the sixth column of a line of BED, where there is one, names the opposite strand.
+
+    Raises:
+        ValueError: with file and line, for what is no strand.
+    """
+    strand = "".join(line.fields[2:3])
+    if strand not in ("", "+", "-", "."):
+        raise ValueError(
+            f"{path}, line {line.number}: the strand {strand!r} is none of + - . (column 6; . is read as +)"
+        )
+    return strand == "-"
+
+
+def _notice_one_based(path: Path, lines: list[BedLine]) -> None:
+    """Neighbours that leave out one base may be counted from 1: surely if one starts there, never if any is at 0."""
+    if any(line.interval.start == 0 for line in lines):
+        return
+    numbers = {line.interval: line.number for line in reversed(lines)}
+    pairs = [(a, b) for a, b in pairwise(sorted(numbers)) if a.record == b.record]
+    apart = [(a, b) for a, b in pairs if b.start == a.end + 1]
+    for a, b in apart:
+        if a.start == 1:
             raise ValueError(
-                f"{path}, line {two.number}: intervals that start at 1 and leave out a base between them are counted "
+                f"{path}, line {numbers[b]}: intervals that start at 1 and leave out a base between them are counted "
                 "from 1; BED counts from 0 and leaves its end out: take 1 from every start"
             )
+    if 2 * len(apart) > len(pairs):
+        log.warning(
+            "%s, line %d: like most neighbours (%d of %d), these leave out one base between them, as if counted from "
+            "1; BED counts from 0 and leaves its end out: unless yours do too, take 1 from every start",
+            path, min(numbers[b] for _, b in apart), len(apart), len(pairs),
+        )  # fmt: skip
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -19,7 +19,7 @@ from .baselines import kmer_accuracy, length_accuracy
 from .classes import count_classes, sort_classes
 from .genome import Genome, find_genomes
 from .genomics import pad
-from .intervals import BedLine, locate, read_bed, read_lines
+from .intervals import BedLine, is_reverse, locate, read_bed, read_lines
 from .order import mix
 from .splits import BED, Selection
 
@@ -220,7 +220,8 @@ class LabelledSequenceDataModule(DataModule):
         needed = any(isinstance(content, list) for content in self.content.values())
         if needed and genome is None:
             raise ValueError("data.genome: must be given, for a BED file has no sequence; give its FASTA")
-        self.genome_files = find_genomes([genome] if isinstance(genome, str) else genome or [])
+        genomes = [genome] if isinstance(genome, str) else genome or []
+        self.genome_files = find_genomes(genomes, "data.genome")
         self.counts: dict[str, list[int]] = {}
         self.majority: dict[str, float] = {}
 
@@ -306,7 +307,7 @@ class LabelledSequenceDataModule(DataModule):
                 continue
             for line, i in zip(content, locate(path, content, genomes), strict=True):
                 start, end = genomes[i].place(line.interval)
-                reverse, label = line.fields[2:3] == ["-"], line.fields[0].strip()
+                reverse, label = is_reverse(path, line), line.fields[0].strip()
                 examples.append(Example(i, start, end, reverse, line.interval.record, label))
         return examples
 

@@ -6,17 +6,23 @@ what comes before. Of several speakers hold out whole ones: a voice that was hea
 
 import difflib
 import hashlib
+import itertools
+import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .classes import find_groups
 from .recordings import Recordings
 
+log = logging.getLogger(__name__)
+
 # a fraction, or names of recordings or speakers, globs, or .txt files of them
 Selection = float | str | list[str]
 KEYS = {"train": "data.train", "val": "data.valid", "test": "data.test"}
 # from where to where in all samples
 Places = list[tuple[int, int]]
+# of recordings that are in two splits, so many are named
+_NAMED = 5
 
 
 def split_recordings(
@@ -32,7 +38,8 @@ def split_recordings(
 
     Without `train`, all that is not held out is trained on. A fraction is one of the speakers where there are any, else
     of the recordings, at least one, drawn by their names, recordings that are equal together; or by time it is the last
-    part of each recording, test after validation. It is taken from what the names leave.
+    part of each recording, test after validation. It is taken from what the names leave. A warning names equal
+    recordings in two splits.
 
     Raises:
         ValueError: for a name or glob that matches nothing, a recording that is selected twice, a fraction that takes
@@ -51,10 +58,13 @@ def split_recordings(
     fractions = {split: given for split, given in chosen.items() if isinstance(given, float | int)}
     bounds = list(zip(recordings.starts.tolist(), recordings.starts[1:].tolist(), strict=False))
     if by_time:
+        # equal recordings are cut at the same place
+        groups = {"train": rest}
         splits = _cut([bounds[i] for i in rest], fractions)
     else:
         groups = _draw(recordings, speakers, rest, fractions)
         splits = {split: [bounds[i] for i in indices] for split, indices in groups.items()}
+    _warn_of_leaks(recordings, named | groups)
     splits |= {split: [bounds[i] for i in indices] for split, indices in named.items() if split != "train"}
     for split, places in splits.items():
         if not places:
@@ -72,7 +82,13 @@ def _select(recordings: Recordings, speakers: dict[str, str], given: list[str], 
             path = Path(item).expanduser()
             if not path.is_file():
                 raise FileNotFoundError(f"{key}: there is no file {item}")
-            items += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{key}: {item} is no text in UTF-8 ({error.reason}); save it as that"
+                ) from None
+            items += [line.strip() for line in lines if line.strip()]
         else:
             items.append(item)
     by_name: dict[str, list[int]] = {}
@@ -100,6 +116,23 @@ def _refuse_overlap(recordings: Recordings, named: dict[str, list[int]]) -> None
         for i in indices:
             if (owner := owners.setdefault(i, split)) != split:
                 raise ValueError(f"{KEYS[split]}: {recordings.names[i]} is in {KEYS[owner]} too")
+
+
+def _warn_of_leaks(recordings: Recordings, groups: dict[str, list[int]]) -> None:
+    """Name the recordings of a split whose samples are those of one of another."""
+    for first, second in itertools.combinations([split for split in KEYS if split in groups], 2):
+        seen = {recordings.digests[i]: recordings.names[i] for i in groups[first]}
+        twice = [
+            f"{recordings.names[i]} = {seen[recordings.digests[i]]}"
+            for i in groups[second]
+            if recordings.digests[i] in seen
+        ]
+        if twice:
+            more = f" and {len(twice) - _NAMED} more" if len(twice) > _NAMED else ""
+            log.warning(
+                "%d recordings of %s have the same samples as ones of %s: %s%s; hold out other ones",
+                len(twice), KEYS[second], KEYS[first], ", ".join(twice[:_NAMED]), more,
+            )  # fmt: skip
 
 
 def _draw(

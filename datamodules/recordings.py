@@ -31,7 +31,7 @@ from .waveform import FULL_SCALE, stored
 log = logging.getLogger(__name__)
 
 # a change of the format on disk, or of what is heard of a file or score, changes every key
-_FORMAT = "1"
+_FORMAT = "2"
 # samples that are worked on at once
 _BLOCK = 1 << 20
 # a recording of more samples is decoded to the disk
@@ -143,12 +143,12 @@ class RecordingFiles:
             starts=starts, samples=TokenFile(folder / "samples", "int16"), digest=digest, **meta
         )
         if recordings.skipped:
+            left_out, more = _first(recordings.skipped), len(recordings.skipped) > _NAMED
+            where = f"; all of them, and why, are under skipped in {folder / 'meta.json'}" if more else ""
             log.warning(
-                "%d of %d files are left out: %s",
-                len(recordings.skipped),
-                len(self.sources),
-                _first(recordings.skipped),
-            )
+                "%d of %d files are left out: %s%s",
+                len(recordings.skipped), len(self.sources), left_out, where,
+            )  # fmt: skip
         return recordings
 
     def size(self) -> int:

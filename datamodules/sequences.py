@@ -1,12 +1,15 @@
 """Sequences of DNA from FASTA and GenBank files, plain, gzip or bgzip, a block at a time.
 
-What a file is, its content says: `>` opens FASTA, `LOCUS` GenBank. A record is called by the first word of its
-header. Letters are those of datamodules/alphabet.py; blanks and line ends of any kind but a lone CR are left out.
+What a file is, its content says: `>` opens FASTA, `LOCUS` GenBank, with or without a byte order mark. A record is
+called by the first word of its header. Letters are those of datamodules/alphabet.py; blanks and line ends of any kind
+but a lone CR are left out.
 """
 
+import codecs
 import gzip
 import io
 import re
+import textwrap
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,8 +23,8 @@ from .bgzip import is_packed
 # what files of sequences are called in a folder
 SUFFIXES = (".fa", ".fasta", ".fna", ".gb", ".gbk", ".gbff", ".genbank")
 BLOCK = 1 << 20
-# a longer header is no header
-_LONGEST_HEADER = 1 << 16
+# a longer header is no header; of what Biopython says, as much is told
+_LONGEST_HEADER, _LONGEST_REASON = 1 << 16, 150
 _PLAIN = bytes(range(BASES + 1)) + bytes(token | 0x80 for token in range(BASES + 1))
 _KNOWN = f"{LETTERS}U{LETTERS.lower()}u \t\r\n".encode()
 _NO_DNA = re.compile(b"[^" + re.escape(_KNOWN) + b"]")
@@ -42,6 +45,8 @@ def read_sequences(path: Path, watch: Callable[[int], None] | None = None) -> It
     names: dict[str, int] = {}
     at = _Place(path)
     with _opened(path, at, watch) as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         head = file.peek(1).lstrip()  # type: ignore[attr-defined]
         pieces = _genbank(file, at) if head.startswith(b"LOCUS") else _fasta(file, at)
         for name, piece in pieces:
@@ -224,7 +229,8 @@ def _genbank(file: IO[bytes], at: _Place) -> Iterator[Piece]:
                     raise
                 except Exception as error:
                     # what damaged files make Biopython raise is of many kinds
-                    raise at.error(f"this is not GenBank ({error})", max(1, lines.count)) from None
+                    reason = textwrap.shorten(str(error), _LONGEST_REASON, placeholder=" ...")
+                    raise at.error(f"this is not GenBank ({reason})", max(1, lines.count)) from None
             if record is None or letters is None:
                 break
             at.begin(record.id if record.id not in ("", "<unknown id>") else record.name, line)

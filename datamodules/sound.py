@@ -1,13 +1,16 @@
 """One file of sound: read block by block, mixed to one channel, resampled; or told apart from what is none.
 
 wav, flac, ogg and mp3 of any width, rate and number of channels are read by libsndfile. What a file says of itself is
-not believed: a header that promises more samples than there are, a rate that no microphone has, samples that are no
-numbers or far beyond full scale are refused.
+not believed: a header that promises more samples than there are, or fewer, a stream without its end, a rate that no
+microphone has, samples that are no numbers, far beyond full scale or cut off at it are refused.
 """
 
+import io
 import math
 import re
+import struct
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +28,16 @@ _BLOCK = 1 << 18
 _LARGEST_FILTER = 1 << 24
 # up to what share of samples may lie beyond full scale and be clipped, and be missing at the end
 _CLIPPED, _MISSING = 0.01, 0.01
+# up to what share of a channel may lie in runs of three or more equal samples at full scale
+_CUT_OFF = 0.1
+# where full scale is, of what has less than 16 bits
+_FULL_SCALE = {"PCM_U8": 127 / 128, "PCM_S8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}
 # what programs that write to a pipe, where they cannot go back, say the length is
 _UNKNOWN_LENGTH = 0x7FFF_0000
+# bytes of the largest page of Ogg, and of the zeros that may fill a file up
+_PAGE, _PADDING = 27 + 255 + 255 * 255, 1 << 16
+# libsndfile's number for an mp3 file in which it finds nothing, which it says is no file
+_NO_FRAME = 7
 
 
 def read_sound(file: Path | IO[bytes], rate: int) -> Iterator[NDArray[np.float32]]:
@@ -38,6 +49,8 @@ def read_sound(file: Path | IO[bytes], rate: int) -> Iterator[NDArray[np.float32
         ValueError: with what is wrong with the file, without its name.
     """
     try:
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+            _check_length(opened)
         sound = soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(_reason(error)) from None
@@ -56,16 +69,73 @@ def _check_header(sound: soundfile.SoundFile, rate: int) -> None:
         raise ValueError("there is no sample in it")
     if _filter_size(sound.samplerate, rate) > _LARGEST_FILTER:
         raise ValueError(f"{sound.samplerate} samples a second cannot be made {rate}; resample it to another")
-    # of WAV, libsndfile believes the file's size and only remarks on the header's
-    said = re.search(r"^data : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
-    if said and int(said[2]) < int(said[1]) < _UNKNOWN_LENGTH:
-        raise ValueError(f"it is cut short: {said[2]} of {said[1]} bytes are there")
+
+
+def _check_length(file: IO[bytes]) -> None:
+    """Refuse what has not all that it should: libsndfile takes the length of WAV and Ogg from what is left of them."""
+    kind = file.read(4)
+    if kind == b"OggS":
+        file.seek(max(0, file.seek(0, io.SEEK_END) - _PAGE))
+        if not _ends(file.read()):
+            raise ValueError("it is cut short: it has not the last page of its stream")
+    elif kind in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
+        _check_data(file, file.seek(0, io.SEEK_END), ">" if kind == b"RIFX" else "<")
+    file.seek(0)
+
+
+def _ends(tail: bytes) -> bool:
+    """Whether the end of an Ogg file is a whole page with the flag of the last one."""
+    for found in re.finditer(b"OggS", tail):
+        page = tail[found.start() :]
+        # its size is that of the header, of a table of sizes, and their sum
+        if len(page) > 26 and page[5] & 4 and 27 + page[26] + sum(page[27 : 27 + page[26]]) == len(page):
+            return True
+    return False
+
+
+def _check_data(file: IO[bytes], end: int, order: str) -> None:
+    """Compare what a WAV says of its data with what lies between their beginning and the end, or the next chunk."""
+    at, name, size, long_size = 12, b"", 0, 0
+    while name != b"data":
+        file.seek(at)
+        header = file.read(8)
+        if not _is_chunk(header):
+            return
+        name, size = struct.unpack(order + "4sI", header)
+        if name == b"ds64":
+            # of a length that is too long for 32 bits, the second number is the data's
+            long_size = int.from_bytes(file.read(16)[8:], "little")
+        at += 8 + (size + size % 2) * (name != b"data")
+    if size == 0xFFFF_FFFF and 0 < long_size < 1 << 63:
+        size = long_size
+    elif size >= _UNKNOWN_LENGTH:
+        return
+    rest = end - at - size
+    if rest < 0:
+        raise ValueError(f"it is cut short: {max(0, end - at)} of {size} bytes are there")
+    if rest <= _MISSING * size:
+        return
+    file.seek(at + size)
+    behind = file.read(_PADDING)
+    # some programs forget the byte that makes a length even
+    headers = [behind[skip : skip + 8] for skip in (0, size % 2)]
+    known = any(_is_chunk(header) and struct.unpack(order + "I", header[4:])[0] < rest for header in headers)
+    if not known and behind.strip(b"\0"):
+        raise ValueError(
+            f"it says that it has {size} bytes of sound, and {rest} more lie behind them; write it anew"
+        )
+
+
+def _is_chunk(header: bytes) -> bool:
+    return len(header) == 8 and all(32 <= byte < 127 for byte in header[:4])
 
 
 def _blocks(sound: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
     """The mean of the channels, checked."""
     size = max(1, _BLOCK // sound.channels)
     frames = clipped = 0
+    cut_off = np.zeros(sound.channels, dtype=np.int64)
+    full_scale = _FULL_SCALE.get(sound.subtype, 32767 / 32768)
     while True:
         try:
             block = sound.read(size, dtype="float32", always_2d=True)
@@ -77,16 +147,37 @@ def _blocks(sound: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
         if not np.isfinite(mono).all():
             raise ValueError("there are samples in it that are no numbers")
         frames += len(mono)
-        clipped += int((np.abs(mono) > 1).sum())
+        # before they are mixed, since opposite channels cancel out
+        loud = np.abs(block)
+        clipped += int((loud > 1).any(axis=1).sum())
+        cut_off += _count_runs(block, loud >= full_scale)
         yield mono
     if frames < (1 - _MISSING) * sound.frames:
         raise ValueError(f"it is cut short: {frames} of {sound.frames} samples are there")
     if clipped > _CLIPPED * frames:
         raise ValueError(f"{clipped} of {frames} samples are beyond full scale; samples go from -1 to 1")
+    if (share := cut_off.max() / max(1, frames)) > _CUT_OFF:
+        raise ValueError(
+            f"{share:.0%} of its samples are cut off at full scale; record it, or convert it, at a lower level"
+        )
+
+
+def _count_runs(block: NDArray[np.float32], where: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How many samples of each channel (k, channels) lie in runs of equal ones, of those that are asked for."""
+    within = np.zeros_like(where)
+    if where.any():
+        same = where[1:] & (block[1:] == block[:-1])
+        # of three that are equal, the last two are the same as those before them
+        runs = same[1:] & same[:-1]
+        for i in range(3):
+            within[i : len(runs) + i] |= runs
+    return within.sum(axis=0)
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "error_string", None) or str(error)
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    if getattr(error, "code", None) == _NO_FRAME:
+        text = "it is damaged, or of another kind than its name says"
     return "it is no sound that can be read (" + text.strip().rstrip(".") + ")"
 
 

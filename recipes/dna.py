@@ -3,7 +3,7 @@
 import os
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..datamodules.genome import Genome
@@ -20,11 +20,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
 
 
-def load_model(checkpoint: str, device: str | None) -> "Task":
-    """The model of DNA that a checkpoint holds, on its device.
+def load_model(checkpoint: str, device: str | None, *, scores: bool = False) -> "Task":
+    """The model of DNA that a checkpoint holds, on its device; `scores` says that it is to tell bases.
 
     Raises:
-        ValueError: when its tokens are not those of datamodules/alphabet.py.
+        ValueError: when its tokens are not those of datamodules/alphabet.py, or see check_objective.
     """
     from ..checkpoints.io import load
     from ..datamodules.alphabet import SIZE
@@ -33,7 +33,18 @@ def load_model(checkpoint: str, device: str | None) -> "Task":
     model, vocabulary = load(checkpoint)
     if (vocabulary or {}).get("kind") != "nucleotides" or model.hparams.get("vocab_size") != SIZE:
         raise ValueError(f"{checkpoint} is a {type(model).__name__} that does not read DNA")
+    if scores:
+        check_objective(checkpoint, model, vocabulary)
     return to_device(model, device)
+
+
+def check_objective(checkpoint: str, model: Any, vocabulary: dict[str, Any] | None) -> None:
+    """Raise ValueError for a causal model that has learnt to tell masked bases and is asked for the next one."""
+    if (vocabulary or {}).get("objective") == "masked" and model.backbone.config.causal:
+        raise ValueError(
+            f"{checkpoint} has learnt to tell masked bases by those before them, and no next base: train it with "
+            "data.objective=next or, to score substitutions, with model.backbone.bidirectional=tied"
+        )
 
 
 def open_genome(given: str) -> "Genome":

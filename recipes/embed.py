@@ -105,7 +105,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _rows(genome: "Genome", bed: Path | None) -> list[Row]:
-    from ..datamodules.intervals import locate, read_bed
+    from ..datamodules.intervals import is_reverse, locate, read_bed
 
     if bed is None:
         return [Row(name, name, 0, genome.length(name), "+") for name in genome.names]
@@ -114,8 +114,8 @@ def _rows(genome: "Genome", bed: Path | None) -> list[Row]:
     rows = []
     for line in lines:
         record, start, end = line.interval
-        name, _, strand = (*line.fields, "", "", "")[:3]
-        rows.append(Row(name or f"{record}:{start}-{end}", record, start, end, "-" if strand == "-" else "+"))
+        name = "".join(line.fields[:1]) or f"{record}:{start}-{end}"
+        rows.append(Row(name, record, start, end, "-" if is_reverse(bed, line) else "+"))
     return rows
 
 

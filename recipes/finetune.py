@@ -98,8 +98,6 @@ class Start:
         """The pairs of tokens (here, there) that are the same; None where the vocabularies are."""
         size, size_there = launch.model.hparams.get("vocab_size"), self.stored.arguments.get("vocab_size")
         kept, kept_there = launch.datamodule.vocabulary, self.stored.vocabulary
-        if size is None or size_there is None:
-            return None
         if kept and kept_there and kept["kind"] == kept_there["kind"] == "waveform" and say:
             for key in _OF_SOUND:
                 if kept[key] != kept_there[key]:
@@ -107,6 +105,8 @@ class Start:
                         "model.%s: %s heard sound of %s %s, and data.%s is %s: leave it out to have the same",
                         PRETRAINED, self.name, key, kept_there[key], key, kept[key],
                     )  # fmt: skip
+        if size is None or size_there is None:
+            return None
         if any(words is None or words["kind"] == "waveform" for words in (kept, kept_there)):
             # without a name, as codes of sound are, a token is its number
             return None if size == size_there else [(i, i) for i in range(min(size, size_there))]

@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> int:
     from ..zoo.generate import Sampling, generate
     from ..zoo.tokens import TokenModel
     from .device import to_write
-    from .dna import check_output
+    from .dna import check_objective, check_output
     from .media import MEDIA, Text
 
     sampling = Sampling(
@@ -60,6 +60,8 @@ def run(arguments: Namespace) -> int:
     )
     if arguments.max_new_tokens < 1 or arguments.number < 1:
         raise ValueError("--max-new-tokens and --number must be 1 or more")
+    if not 0 <= arguments.seed < 1 << 63:
+        raise ValueError(f"--seed: must be 0 or more and below 2^63, not {arguments.seed}")
     model, vocabulary = load(arguments.checkpoint)
     if not isinstance(model, TokenModel):
         raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which writes nothing")
@@ -68,6 +70,7 @@ def run(arguments: Namespace) -> int:
     if isinstance(model, WaveformModel):
         model = to_write(model, arguments.device)
         return recordings.write_recordings(model, vocabulary, arguments, sampling)
+    check_objective(arguments.checkpoint, model, vocabulary)
     words = vocabulary_from_dict(vocabulary)
     if words.size > model.head.vocab_size:
         raise ValueError(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..zoo.audio import WaveformModel
     from ..zoo.generate import Sampling
 
+# samples that a WAV file has room for
+_LONGEST = 1 << 30
 # samples of a prompt that are read at once
 _BLOCK = 1 << 14
 # columns of a picture
@@ -40,15 +42,21 @@ def write_recordings(
     if arguments.temperature is None:
         sampling = dataclasses.replace(sampling, temperature=1.0)
     sound = Waveform.from_dict(vocabulary)
+    if not 1 <= arguments.seconds * sound.sample_rate < _LONGEST:
+        raise ValueError(
+            f"--seconds: must be a sample or more, and less than {_LONGEST // sound.sample_rate}, "
+            f"not {arguments.seconds:g}"
+        )
     steps = round(arguments.seconds * sound.sample_rate)
-    if steps < 1:
-        raise ValueError(f"--seconds: must be a sample or more, not {arguments.seconds:g}")
     labels = _labels(arguments.label, model, sound, arguments.number)
     prompts = {Path(given).stem: _read(given, sound) for given in arguments.prompt or []}
     if len(prompts) < len(arguments.prompt or []):
         raise ValueError("--prompt: two files have one name, and what is written is called after them")
     folder = Path(arguments.output or "recordings")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be made a folder ({error.strerror})") from None
     seeds = [arguments.seed + i for i in range(arguments.number)]
     for name, prompt in (prompts or {"": sound.encode([])}).items():
         with progress(f"writing {arguments.number} x", steps) as advance:

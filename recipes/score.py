@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .dna import add_arguments as add_common_arguments
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from .scorer import Outcome, Scorer
 
 NAME, SUMMARY = "score", "score the variants of a VCF file with a model of DNA"
-INFO = "MAMBAZOO_DLL"
+INFO, STATUS = "MAMBAZOO_DLL", "MAMBAZOO_STATUS"
 MARK = "##mambazoo_score="
 _MEANING = "log-likelihood with ALT less that with REF, in nats"
+_REASON = "scored, or why an allele could not be"
 _COLUMNS = ("chrom", "pos", "id", "ref", "alt", "score", "ref_ll", "alt_ll", "status")
 # alleles at a time on a GPU, and on a CPU; alleles left out for one reason that are shown
 _BATCH, _CPU_BATCH, _SHOWN = 512, 32, 5
@@ -59,13 +61,13 @@ def run(arguments: Namespace) -> int:
     variants = VariantFile(vcf)
     table = path.name.removesuffix(".gz").endswith(".tsv")
     layout: _Layout = _Table() if table else _AnnotatedVariants(variants)
-    model = load_model(arguments.checkpoint, arguments.device)
+    model = load_model(arguments.checkpoint, arguments.device, scores=True)
     if not isinstance(model, GenomeModel):
         raise ValueError(f"{arguments.checkpoint} is a {type(model).__name__}, which gives no likelihoods")
     genome = open_genome(arguments.fasta)
     scorer = Scorer(model, genome, arguments.window, both_strands=arguments.strand == "both")
     counts = _examine(variants, scorer)
-    with PartialFile(path, layout.head, MARK, _made_of(arguments, scorer)) as output:
+    with PartialFile(path, layout.head, MARK, _made_of(arguments, scorer, vcf)) as output:
         if output.finished:
             print(f"{path} is there and whole; remove it to have it made again")
             return 0
@@ -116,26 +118,36 @@ class _Table:
 
 
 class _AnnotatedVariants:
-    """The VCF file as it is, with the score of every ALT allele in INFO."""
+    """The VCF file as it is, with the score of every ALT allele in INFO, and their status where one has none."""
 
     def __init__(self, variants: "VariantFile") -> None:
         self.header = variants.header
-        if any(line.startswith(f"##INFO=<ID={INFO},") for line in self.header):
-            raise ValueError(f"--vcf: {variants.path} has {INFO} in INFO already; give the file without it")
+        for key in (INFO, STATUS):
+            if any(line.startswith(f"##INFO=<ID={key},") for line in self.header):
+                raise ValueError(
+                    f"--vcf: {variants.path} has {key} in INFO already; give the file without it"
+                )
 
     def head(self, mark: str) -> str:
-        field = f'##INFO=<ID={INFO},Number=A,Type=Float,Description="{_MEANING} (mambazoo)">'
-        return "\n".join([*self.header[:-1], field, mark, self.header[-1], ""])
+        fields = [
+            f'##INFO=<ID={INFO},Number=A,Type=Float,Description="{_MEANING} (mambazoo)">',
+            f'##INFO=<ID={STATUS},Number=A,Type=String,Description="{_REASON} (mambazoo)">',
+        ]
+        return "\n".join([*self.header[:-1], *fields, mark, self.header[-1], ""])
 
     def rows(self, variant: "Variant") -> int:
         return 1
 
     def lines(self, variant: "Variant", outcomes: "list[Outcome]") -> Iterator[str]:
         values = [f"{one[1] - one[0]:.6f}" if isinstance(one, list) else "." for one in outcomes]
+        statuses = ["scored" if isinstance(one, list) else one.status for one in outcomes]
         fields = variant.text.split("\t")
-        if any(value != "." for value in values):
-            rest = "" if fields[7] == "." else f"{fields[7]};"
-            fields[7] = f"{rest}{INFO}={','.join(values)}"
+        info = [] if fields[7] == "." else [fields[7]]
+        if "scored" in statuses:
+            info.append(f"{INFO}={','.join(values)}")
+        if "." in values:
+            info.append(f"{STATUS}={','.join(statuses)}")
+        fields[7] = ";".join(info) or "."
         yield "\t".join(fields)
 
 
@@ -181,8 +193,11 @@ def _left_out(counts: Counter[str]) -> str:
     return f" (left out: {', '.join(reasons)})" if reasons else ""
 
 
-def _made_of(arguments: Namespace, scorer: "Scorer") -> dict[str, Any]:
-    """All that decides the scores, which the output keeps: a run with something else does not go on with it."""
+def _made_of(arguments: Namespace, scorer: "Scorer", vcf: Path) -> dict[str, Any]:
+    """All that decides the scores, which the output keeps: a run with something else does not go on with it.
+
+    Files are known by their contents, wherever they lie.
+    """
     import torch
 
     from .. import __version__
@@ -192,16 +207,13 @@ def _made_of(arguments: Namespace, scorer: "Scorer") -> dict[str, Any]:
     for name, tensor in scorer.model.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    with open(arguments.vcf, "rb") as file:
-        vcf = hashlib.file_digest(file, "sha256")
+    with vcf.open("rb") as file:
+        variants = hashlib.file_digest(file, "sha256")
     return {
         "version": __version__,
-        "checkpoint": arguments.checkpoint,
         "weights": weights.hexdigest()[:16],
-        "fasta": arguments.fasta,
-        "genome": scorer.genome.digest[:16],
-        "vcf": arguments.vcf,
-        "variants": vcf.hexdigest()[:16],
+        "fasta": scorer.genome.digest[:16],
+        "vcf": variants.hexdigest()[:16],
         "window": arguments.window,
         "strand": arguments.strand,
         "precision": precision(scorer.model.device),

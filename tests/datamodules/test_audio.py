@@ -179,6 +179,37 @@ def test_equal_recordings_are_on_one_side(tmp_path: Path) -> None:
     assert not contents[0] & contents[1]
 
 
+def test_equal_recordings_in_two_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copied, *others = list(SIZES)[:6]
+    for file, name in [("copy.wav", copied), *((name, name) for name in (copied, *others))]:
+        soundfile.write(tmp_path / file, draw(name), RATE)
+    for options, held_out, other in (
+        ({"valid": "copy.wav"}, "valid", "train"),
+        ({"valid": copied, "test": "copy.wav"}, "test", "valid"),
+        ({"valid": 0.2, "test": "copy.wav", "by_time": True}, "test", "train"),
+        ({"valid": "3_bob_*", "train": [copied, others[0]], "test": "copy.wav"}, "test", "train"),
+    ):
+        caplog.clear()
+        module(tmp_path, **options)
+        assert caplog.messages == [
+            f"1 recordings of data.{held_out} have the same samples as ones of data.{other}: "
+            f"copy.wav = {copied}; hold out other ones"
+        ]
+    caplog.clear()
+    for options in ({"valid": 0.3}, {"valid": 0.3, "by_time": True}, {"valid": ["copy.wav", copied]}):
+        module(tmp_path, **options)
+    assert caplog.messages == []
+
+
+def test_a_list_is_text(folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "valid.txt"
+    listed.write_bytes("3_ann_0.wav\ncaf\xe9.wav\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"^data.valid: .*valid.txt is no text in UTF-8 \(.*\); save it as that$"
+    ):
+        module(folder, valid=str(listed))
+
+
 def test_labels_come_with_windows(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("file,label\n" + "".join(f"{name},{name[0]}\n" for name in SIZES if "cy" not in name))

@@ -2,10 +2,12 @@
 
 import gzip
 import io
+import logging
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -170,6 +172,34 @@ def test_bed_is_read(tmp_path: Path) -> None:
         assert lines[1].fields == ["name", "0", "-"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("one 101 200\none 201 300\none 301 400\n", "line 2: .* most neighbours (2 of 2)"),
+        # in any order, on both strands, of several records
+        ("one 301 400\ntwo 5 9\none 101 200\none 201 300 a 0 +\none 201 300 b 0 -\n", "line 1: .* (2 of 2)"),
+        ("one 101 200\none 201 300\none 900 950\none 951 960\n", "line 2: .* (2 of 3)"),
+        ("one 101 200\none 201 300\none 900 950\n", ""),
+        ("one 100 200\none 200 300\none 300 400\n", ""),
+        # what starts at 0 is not counted from 1
+        ("two 0 9\none 101 200\none 201 300\n", ""),
+        ("two 0 9\none 1 200\none 201 300\n", ""),
+        # one alone, and one of each record
+        ("one 101 200\n", ""),
+        ("one 101 200\ntwo 201 300\n", ""),
+    ],
+)
+def test_bed_that_seems_to_count_from_one_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: str, message: str
+) -> None:
+    (tmp_path / "a.bed").write_text(rows)
+    with caplog.at_level(logging.WARNING, logger="mambazoo"):
+        read_bed(tmp_path / "a.bed")
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == bool(message)
+    assert all(re.search(re.escape(message).replace(r"\.\*", ".*"), warning) for warning in found)
+
+
 BAD_BED = [
     ("", "a.bed: there is no interval"),
     ("# nothing\n", "there is no interval"),
@@ -179,6 +209,7 @@ BAD_BED = [
     ("one\t5\t5\n", "line 1: the start 5 is not below the end 5 .*counted from 1"),
     ("one\t9\t5\n", "line 1: the start 9 is not below the end 5$"),
     ("one\t1\t10\none\t11\t20\n", "line 2: .* are counted from 1"),
+    ("one\t1\t10\none\t11\t20\none\t50\t60\none\t80\t90\n", "line 2: .* are counted from 1"),
     ("one\t0\t1002\n", "line 1: one has 1000 bases, and the interval ends at 1002$"),
     ("one\t0\t1001\n", "line 1: one has 1000 bases, and the interval ends at 1001 .*counted from 1"),
     ("one\t0\t9\nfour\t0\t9\n", "line 2: there is no record 'four' in a.fa"),

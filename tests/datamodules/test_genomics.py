@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from Bio.Seq import Seq
+from mambazoo.datamodules import genomics
 from mambazoo.datamodules.alphabet import EOS, MASK, PAD
 from mambazoo.datamodules.genomics import GenomeDataModule
 from torch import Tensor
@@ -241,6 +242,8 @@ def test_what_a_model_must_know_is_there_from_the_start(fasta: Path) -> None:
     assert data.vocab_size == 18
     assert sorted(data.complement) == list(range(18))
     assert data.vocabulary == {"kind": "nucleotides"}
+    masked = GenomeDataModule(str(fasta), objective="masked").vocabulary
+    assert masked == {"kind": "nucleotides", "objective": "masked"}
     assert data.describe().startswith("1 genome of 0.0 MB, next")
 
 
@@ -276,6 +279,30 @@ def test_opening_a_loader_draws_no_global_number(fasta: Path) -> None:
 def test_what_cannot_be_is_said(fasta: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(fasta, **options)
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "key"),
+    [
+        ("one two", {}, "train"),
+        ("one two", {"objective": "masked", "valid": "two"}, "train"),
+        ("two", {"valid": "two"}, "valid"),
+        ("two", {"valid": "one", "train": "two"}, "train"),
+        ("two", {"test": "two"}, "test"),
+        ("two", {"valid": 0.1}, None),
+    ],
+)
+def test_a_split_of_n_alone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: str, options: dict[str, object], key: str | None
+) -> None:
+    monkeypatch.setattr(genomics, "BLOCK", 100)
+    whole = {name: ("NnRY" if name in n else "NNac") * 200 for name in ("one", "two")}
+    path = write(tmp_path / "n.fa", whole)
+    if key is None:
+        module(path, **options)
+        return
+    with pytest.raises(ValueError, match=rf"data\.{key}: there is no A, C, G or T in it, .*: {path}$"):
+        module(path, **options)
 
 
 def test_a_real_genome_is_served(data: Path) -> None:

@@ -172,6 +172,12 @@ def test_bed_lines_are_labelled(tmp_path: Path) -> None:
     assert read(data, "val") == expected[40:]
     with pytest.raises(ValueError, match=r"data\.genome: must be given"):
         LabelledSequenceDataModule(str(bed))
+    for missing in ("nope.fa", "sample:nope"):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"^data\.genome: there is no .*{missing}"):
+            module(bed, genome=missing)
+    bed.write_text("one\t0\t9\tx\t0\t.\none\t5\t20\ty\none\t7\t9\ty\t0\t?\n")
+    with pytest.raises(ValueError, match=r"a\.bed, line 3: the strand '\?' is none of \+ - \."):
+        module(bed, genome=str(fasta))
 
 
 BAD = [

@@ -1,5 +1,6 @@
 """Recordings in the cache: which files are found, what is kept of them, what is left out, and that it is built once."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -103,7 +104,8 @@ def test_what_cannot_be_read_is_left_out_and_named(
     assert set(found.skipped) == {"a/half.flac", "a/text.wav", "z.wav"}
     [message] = caplog.messages
     assert message.startswith("3 of 6 files are left out: a/half.flac: it is no sound that can be read (")
-    assert message.endswith("; and 1 more")
+    *_, meta = message.partition("; and 1 more; all of them, and why, are under skipped in ")
+    assert json.loads(Path(meta).read_text())["skipped"] == found.skipped
 
 
 def test_an_archive_may_be_damaged_in_part(folder: Path, tmp_path: Path) -> None:

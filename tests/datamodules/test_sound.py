@@ -16,8 +16,8 @@ from mambazoo.datamodules.sound import Resampler, read_sound
 from numpy.typing import NDArray
 from torchaudio.functional import resample
 
-# of files with damaged headers, how many are read; 10,000 take ten seconds
-DAMAGED = int(os.environ.get("MAMBAZOO_FUZZ", "2000"))
+# of files with damaged headers, how many are read: ten seconds' worth
+DAMAGED = int(os.environ.get("MAMBAZOO_FUZZ", "10000"))
 KINDS = [
     ("WAV", "PCM_U8"),
     ("WAV", "PCM_16"),
@@ -104,7 +104,13 @@ def _header(content: bytes, layout: str, at: int, value: int) -> bytes:
     return bytes(changed)
 
 
-WAV, FLAC, MP3 = (file_of(tone(16000), kind=kind) for kind in ("WAV", "FLAC", "MP3"))
+def clipped(count: int = 16000) -> NDArray[np.float32]:
+    """A tone 20 decibels too loud, cut off."""
+    return np.clip(20 * tone(count), -1, 1)
+
+
+WAV, FLAC, MP3, RF64 = (file_of(tone(16000), kind=kind) for kind in ("WAV", "FLAC", "MP3", "RF64"))
+VORBIS, OPUS = (file_of(draw(64000), kind="OGG", subtype=subtype) for subtype in ("VORBIS", "OPUS"))
 HOLED = draw(1000)
 HOLED[500] = np.nan
 BAD: dict[str, tuple[bytes, str]] = {
@@ -115,6 +121,22 @@ BAD: dict[str, tuple[bytes, str]] = {
     "half a wav": (WAV[:16000], "it is cut short: 15956 of 32000 bytes are there"),
     "half a flac": (FLAC[: len(FLAC) // 2], r"no sound that can be read \(.*lost sync"),
     "half an mp3": (MP3[: len(MP3) // 2], r"it is cut short: \d+ of 16000 samples are there"),
+    "half a vorbis": (VORBIS[: len(VORBIS) // 2], "it is cut short: it has not the last page"),
+    "half an opus": (OPUS[: len(OPUS) // 2], "it is cut short: it has not the last page"),
+    "an opus without its last page": (
+        OPUS[: OPUS.rindex(b"OggS")],
+        "it is cut short: it has not the last page",
+    ),
+    "an opus without its last byte": (OPUS[:-1], "it is cut short: it has not the last page"),
+    "half an rf64": (RF64[: len(RF64) // 2], r"it is cut short: 1\d+ of 32000 bytes are there"),
+    "too short a length": (
+        _header(WAV, "<I", 40, 1000),
+        "says that it has 1000 bytes of sound, and 31000 more lie behind them",
+    ),
+    "too short a length of an rf64": (
+        _header(RF64, "<Q", 28, 1000),
+        "says that it has 1000 bytes of sound, and 31000 more lie behind them",
+    ),
     "a length that lies": (_header(WAV, "<I", 40, 1 << 20), "it is cut short: 32000 of 1048576"),
     "no channel": (_header(WAV, "<H", 22, 0), "no sound that can be read"),
     "no rate": (_header(WAV, "<I", 24, 0), "no sound that can be read"),
@@ -125,6 +147,21 @@ BAD: dict[str, tuple[bytes, str]] = {
     "integers as floats": (
         file_of(tone(1000) * 32768, subtype="FLOAT"),
         r"\d+ of 1000 samples are beyond full scale",
+    ),
+    "channels that cancel out": (
+        file_of(np.stack([4 * tone(1000), -4 * tone(1000)], 1), subtype="FLOAT"),
+        r"\d+ of 1000 samples are beyond full scale",
+    ),
+    **{
+        f"cut off at full scale, {subtype}": (
+            file_of(clipped(), subtype=subtype),
+            "94% of its samples are cut off at full scale; record it, or convert it, at a lower level",
+        )
+        for subtype in ("PCM_U8", "PCM_16", "PCM_24", "FLOAT", "ULAW", "ALAW")
+    },
+    "one channel cut off": (
+        file_of(np.stack([tone(1000), clipped(1000)], 1)),
+        "94% of its samples are cut off",
     ),
 }
 
@@ -140,11 +177,29 @@ def test_what_is_no_sound_is_refused(case: str, capfd: pytest.CaptureFixture[str
 def test_what_is_odd_is_read() -> None:
     # written to a pipe, whose end nobody knew
     assert len(read(_header(WAV, "<I", 40, 0xFFFF_FFFF))) == 16000
+    # what other programs lay behind the sound
+    for behind in (b"LIST\4\0\0\0abcd" * 200, bytes(9000), b"\1\2\3 and a line that is no chunk"):
+        assert len(read(WAV + behind)) == 16000
+    odd = file_of(tone(15999), subtype="PCM_U8")[: 44 + 15999]
+    for pad in (b"", b"\0"):
+        assert len(read(odd + pad + b"LIST\xe8\3\0\0" + bytes(1000))) == 15999
     # a few samples that go too far
     loud = tone(1000)
     loud[:5] = 1.5
     assert read(file_of(loud, subtype="FLOAT")).max() == 1.5
+    # full scale that is reached and not stayed at, and a tenth of the time stayed at
+    assert len(read(file_of(2 * tone(16000), subtype="PCM_16"))) == 16000
+    assert len(read(file_of(np.concatenate([tone(15000), clipped(1000)])))) == 16000
     assert len(read(file_of(tone(384_000, 384_000), 384_000), 8000)) == 8000
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n" * 100, bytes(3000), MP3[:100]], ids=len)
+def test_an_mp3_without_sound_is_called_damaged(
+    content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.mp3").write_bytes(content)
+    with pytest.raises(ValueError, match=r"no sound that can be read \(it is damaged, or of another kind"):
+        list(read_sound(tmp_path / "a.mp3", 16000))
 
 
 def damage(content: bytes, lot: random.Random) -> bytes:

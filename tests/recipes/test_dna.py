@@ -239,7 +239,12 @@ def test_a_vcf_is_written_as_it_was_with_scores(
     table = read_scores(Path("a.tsv"))
     assert [row["status"] for row in table] == ["scored", "symbolic", "scored", "ref_mismatch", "scored"]
     values = [row["score"] for row in table]
-    infos = [f"AC=1;DB;MAMBAZOO_DLL={values[0]},.,{values[2]}", ".", "DP=3", f"MAMBAZOO_DLL={values[4]}"]
+    infos = [
+        f"AC=1;DB;MAMBAZOO_DLL={values[0]},.,{values[2]};MAMBAZOO_STATUS=scored,symbolic,scored",
+        ".",
+        "DP=3;MAMBAZOO_STATUS=ref_mismatch",
+        f"MAMBAZOO_DLL={values[4]}",
+    ]
     for name, unpack in (
         ("b.vcf", Path.read_bytes),
         ("b.vcf.gz", lambda path: gzip.decompress(path.read_bytes())),
@@ -248,14 +253,18 @@ def test_a_vcf_is_written_as_it_was_with_scores(
         lines = unpack(Path(name)).decode().splitlines()
         assert lines[0] == "##fileformat=VCFv4.3"
         assert lines[1].startswith("##INFO=<ID=MAMBAZOO_DLL,Number=A,Type=Float,")
-        assert json.loads(lines[2].removeprefix(score_module.MARK))["window"] == WINDOW
-        assert lines[3] + "\n" == head.splitlines(keepends=True)[1]
-        for row, info, line in zip(rows, infos, lines[4:], strict=True):
+        assert lines[2].startswith("##INFO=<ID=MAMBAZOO_STATUS,Number=A,Type=String,")
+        assert json.loads(lines[3].removeprefix(score_module.MARK))["window"] == WINDOW
+        assert lines[4] + "\n" == head.splitlines(keepends=True)[1]
+        for row, info, line in zip(rows, infos, lines[5:], strict=True):
             before, after = row.split("\t"), line.split("\t")
             assert after == [*before[:7], info, *before[8:]]
     result = score(mambazoo, "b.vcf", "c.vcf")
     assert result.code == 2
     assert "has MAMBAZOO_DLL in INFO already" in result.err
+    lines = [line for line in Path("b.vcf").read_text().splitlines() if "ID=MAMBAZOO_DLL" not in line]
+    Path("b.vcf").write_text("\n".join(lines))
+    assert "has MAMBAZOO_STATUS in INFO already" in score(mambazoo, "b.vcf", "c.vcf").err
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.vcf.gz"])
@@ -317,6 +326,29 @@ def test_what_is_there_is_not_made_again_nor_mixed(
     assert Path("a.tsv").read_bytes() == whole
 
 
+def test_a_score_goes_on_however_its_files_are_called(
+    mambazoo: Command, model: GenomeModel, records: dict[str, str]
+) -> None:
+    write_vcf(Path("a.vcf"), some_alleles(records, 4))
+    score(mambazoo, "a.vcf", "a.tsv")
+    whole = Path("a.tsv").read_text()
+    Path("b.tsv.part").write_text(whole[: whole.index("\n", 400) + 1])
+    os.rename("a.vcf", "same.vcf")
+    os.rename("genome.fa", "same.fa")
+    for output, said in (("a.tsv", "is there and whole"), ("b.tsv", "going on behind line")):
+        options = {"--fasta": "./same.fa", "--vcf": "./same.vcf", "--output": output, "--window": str(WINDOW)}
+        result = mambazoo("score", "./model/", *(word for option in options.items() for word in option))
+        assert (result.code, said in result.out + result.err) == (0, True), result.err
+    for name, more, changed in (
+        ("other.fa", Path("same.fa").read_text() + "A\n", "fasta"),
+        ("other.vcf", Path("same.vcf").read_text() + "chr0\t1\t.\tA\tC\t.\t.\t.\n", "vcf"),
+    ):
+        Path(name).write_text(more)
+        fasta, vcf = ("other.fa", "same.vcf") if changed == "fasta" else ("same.fa", "other.vcf")
+        result = score(mambazoo, vcf, "a.tsv", fasta=fasta)
+        assert (result.code, f"was made with {changed} " in result.err) == (2, True), result.err
+
+
 def test_two_processes_do_not_write_one_file(
     mambazoo: Command, model: GenomeModel, records: dict[str, str]
 ) -> None:
@@ -338,6 +370,7 @@ def test_what_cannot_be_scored_is_said(mambazoo: Command, model: GenomeModel, ge
     save_pretrained(LanguageModel({"d_model": 16, "n_layers": 1}, 257), {"kind": "bytes"}, Path("text"))
     classifier = SequenceClassifier({"d_model": 16, "n_layers": 1}, SIZE, 2)
     save_pretrained(classifier, Nucleotides().to_dict(), Path("classes"))
+    save_pretrained(model, Nucleotides().to_dict() | {"objective": "masked"}, Path("masked"))
     options = {"checkpoint": "model", "--fasta": "genome.fa", "--vcf": "other.vcf", "--output": "a.tsv"}
     for changes, message in (
         ({}, "no allele that can be scored (left out: 9 no_record)"),
@@ -345,6 +378,7 @@ def test_what_cannot_be_scored_is_said(mambazoo: Command, model: GenomeModel, ge
         ({"--vcf": "none.vcf"}, "none.vcf, line 1: is no VCF"),
         ({"--vcf": "nowhere.vcf"}, "--vcf: there is no file nowhere.vcf"),
         ({"--fasta": "nowhere.fa"}, "--fasta: there is no file at nowhere.fa"),
+        ({"--fasta": "sample:nothing"}, "--fasta: there is no sample:nothing"),
         ({"--fasta": "protein.fa"}, "protein.fa, line 2: 'L' is no letter of DNA"),
         ({"--output": "a.bed"}, "--output: a.bed must end in .tsv or .tsv.gz or .vcf"),
         ({"--output": "nowhere/a.tsv"}, "--output: nowhere/a.tsv cannot be written"),
@@ -354,6 +388,7 @@ def test_what_cannot_be_scored_is_said(mambazoo: Command, model: GenomeModel, ge
         ({"checkpoint": "nowhere"}, "no checkpoint, model folder or run nowhere"),
         ({"checkpoint": "text"}, "text is a LanguageModel that does not read DNA"),
         ({"checkpoint": "classes"}, "classes is a SequenceClassifier, which gives no likelihoods"),
+        ({"checkpoint": "masked"}, "masked has learnt to tell masked bases by those before them"),
     ):
         given = {**options, **changes}
         checkpoint = given.pop("checkpoint")
@@ -466,8 +501,10 @@ def test_a_table_without_pyarrow_is_refused(mambazoo: Command, monkeypatch: pyte
 
 def test_what_cannot_be_embedded_is_said(mambazoo: Command, model: GenomeModel, genome: Path) -> None:
     Path("far.bed").write_text("chr0\t0\t10\nchr0\t990\t1010\n")
+    Path("strand.bed").write_text("chr0\t0\t10\ta\t0\t.\nchr0\t0\t10\tb\t0\t?\n")
     for more, message in (
         (["--bed", "far.bed"], "far.bed, line 2: chr0 has 1000 bases, and the interval ends at 1010"),
+        (["--bed", "strand.bed"], "strand.bed, line 2: the strand '?' is none of + - ."),
         (["--bed", "nowhere.bed"], "--bed: there is no file nowhere.bed"),
         (["--output", "a.csv"], "--output: a.csv must end in .npz or .parquet"),
         (["--window", "0"], "--window must be 1 or more, not 0"),
@@ -508,11 +545,13 @@ def test_text_is_written_to_a_file_as_it_is_shown(mambazoo: Command, tmp_path: P
 
 def test_what_cannot_be_generated_is_said(mambazoo: Command, model: GenomeModel) -> None:
     save_pretrained(build(bidirectional="tied"), Nucleotides().to_dict(), Path("both"))
+    save_pretrained(model, Nucleotides().to_dict() | {"objective": "masked"}, Path("masked"))
     for checkpoint, more, message in (
         ("model", ["--prompt", "ACX"], "'X' is no base"),
         ("model", ["--output", "a.txt"], "--output: a.txt must end in .fa or .fasta or .fna"),
         ("model", ["--device", "gpu"], "--device: a model cannot be put on 'gpu'"),
         ("both", ["--output", "a.fa"], "has no state"),
+        ("masked", [], "train it with data.objective=next"),
     ):
         result = mambazoo("generate", checkpoint, *more)
         assert (result.code, message in result.err) == (2, True), result.err

@@ -16,6 +16,7 @@ from mambazoo.datamodules.vocab import EOS, Bytes, train_bpe, vocabulary_from_di
 from mambazoo.datamodules.waveform import Waveform
 from mambazoo.recipes.cli import main
 from mambazoo.zoo.audio import WaveformModel
+from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.saving import read_checkpoint
@@ -323,3 +324,10 @@ def test_a_model_of_sound_hears_what_it_was_trained_on(
     code, out, err = mambazoo("finetune", *given, "data.sample_rate=4000")
     assert code == 0
     assert "heard heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err
+    # a model of samples has no vocabulary to compare
+    classifier = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2)
+    save_pretrained(classifier, Waveform("float", 8000).to_dict(), tmp_path / "raw")
+    given = ("audio/finetune", "model.pretrained=raw", *given[2:])
+    code, out, err = mambazoo("check", *given, "data.sample_rate=4000")
+    assert code == 0, err
+    assert "raw heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err

@@ -122,6 +122,10 @@ def test_classes_are_asked_for_by_name_or_come_in_turn(
     [
         (["--label", "one"], "--label: this model knows no classes"),
         (["--seconds", "0"], "--seconds: must be a sample or more"),
+        (["--seconds", "inf"], "--seconds: must be a sample or more, and less than 134217, not inf"),
+        (["--seconds", "nan"], "--seconds: must be a sample or more"),
+        (["--seed", str(1 << 70)], "--seed: must be 0 or more and below 2^63"),
+        (["--output", "text.wav"], "--output: text.wav cannot be made a folder (File exists)"),
         (["--prompt", "nothing.wav"], "--prompt: there is no file nothing.wav"),
         (["--prompt", "text.wav"], "--prompt: text.wav: it is no sound that can be read"),
         (["--prompt", "a.wav", "--prompt", "b/a.wav"], "--prompt: two files have one name"),
