@@ -81,6 +81,18 @@ class Bytes:
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "bytes"}
 
+    def as_subwords(self) -> "Subwords":
+        """The same tokens in a tokenizer.json, for programs that know no other vocabulary."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        letters = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([EOS])
+        return Subwords(tokenizer.to_str())
+
 
 class _ByteStream:
     def __init__(self) -> None:

@@ -40,8 +40,8 @@ def write(checkpoint: str, layout: str, folder: Path, dtype: str | None = None) 
     import torch
 
     from ..checkpoints.io import export, read, save
-    from ..checkpoints.remote import CARD, CONFIG
-    from ..datamodules.vocab import vocabulary_from_dict
+    from ..checkpoints.remote import CARD, CONFIG, TOKENIZER
+    from ..datamodules.vocab import Bytes, vocabulary_from_dict
     from ..zoo.optim import is_state_space
 
     if folder.exists() and (
@@ -66,6 +66,9 @@ def write(checkpoint: str, layout: str, folder: Path, dtype: str | None = None) 
         save(stored, folder, texts)
     else:
         words = None if stored.vocabulary is None else vocabulary_from_dict(stored.vocabulary)
+        if isinstance(words, Bytes):
+            # others know a vocabulary by its tokenizer.json alone
+            texts[TOKENIZER] = words.as_subwords().to_dict()["json"]
         export(stored, layout, folder, texts, None if words is None else words.eos)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}, {size / 1e6:,.1f} MB")

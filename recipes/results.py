@@ -184,9 +184,10 @@ def page(sources: list[Path], rows: list[Row], output: Path) -> str:
         parts += [f"## {experiment.recipe}", table(experiment)]
         if draw_experiment(experiment, picture):
             parts.append(f"![{experiment.recipe}]({picture.name})")
-        seconds = sum(row.get("seconds") or 0 for row in own)
         seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in own}))
-        parts.append(f"{_origin(own)} Seeds {seeds}; {seconds / 60:,.1f} minutes of training in all.")
+        timed = [row["seconds"] for row in own if row.get("seconds")]
+        took = f"; {sum(timed) / 60:,.1f} minutes of training in all" if len(timed) == len(own) else ""
+        parts.append(f"{_origin(own)} Seeds {seeds}{took}.")
     suites = [row for row in rows if "suite" in row]
     for hardware in dict.fromkeys(map(_hardware, suites)):
         own = [row for row in suites if _hardware(row) == hardware]

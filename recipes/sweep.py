@@ -1,10 +1,11 @@
 """The verb `sweep`: train a recipe at every point of a small grid and with several seeds, one run after the other.
 
-Each cell is a run of `fit` in a process of its own, in runs/<recipe>/sweep-<digest>/<cell>. The digest is of the recipe
-as it stands with its overrides and of which keys vary: the same command goes on where it stopped, and one with more
-values or seeds adds to what there is. Finished cells are skipped, an interrupted one is resumed from its newest
-checkpoint (or starts again where it has none), one that failed is tried again; it does not keep the others from
-running. results.jsonl gets a line a run, report.md the table of them all.
+Each cell is a run of `fit`, or of `finetune` where the recipe starts from a pretrained model, in a process of its own,
+in runs/<recipe>/sweep-<digest>/<cell>. The digest is of the recipe as it stands with its overrides and of which keys
+vary: the same command goes on where it stopped, and one with more values or seeds adds to what there is. Finished
+cells are skipped, an interrupted one is resumed from its newest checkpoint (or starts again where it has none), one
+that failed is tried again; it does not keep the others from running. results.jsonl gets a line a run, report.md the
+table of them all.
 """
 
 import hashlib
@@ -81,8 +82,8 @@ def run(arguments: Namespace) -> int:
             raise ValueError(f"{key}: is what --seeds sets; leave it out")
     cells = _cells(grid, arguments.seeds)
     # an override that cannot be set is said before the first run
-    for cell in cells:
-        compose(recipe, [*arguments.overrides, *cell.overrides, *cell.seeds])
+    composed = [compose(recipe, [*arguments.overrides, *cell.overrides, *cell.seeds]) for cell in cells]
+    verb = "finetune" if composed[0]["model"].get("pretrained") else "fit"
     common = compose(recipe, [*arguments.overrides, *(f"{key}=null" for key in grid)])
     digest = _digest([common, sorted(grid)])
     folder = Path(common["trainer"]["default_root_dir"]) / recipe.name / f"sweep-{digest}"
@@ -118,7 +119,7 @@ def run(arguments: Namespace) -> int:
             print(f"[{number}/{len(cells)}] {' '.join([*cell.overrides, *cell.seeds])}", flush=True)
             values = [*arguments.overrides, *cell.overrides, *cell.seeds]
             root, test = folder / cell.folder, arguments.test
-            outcome = _train(arguments.recipe, recipe.name, values, root, stopping, test=test)
+            outcome = _train(verb, arguments.recipe, recipe.name, values, root, stopping, test=test)
             if stopping.received:
                 print(f"stopped; go on with\n  {command}")
                 return 128 + stopping.received
@@ -165,7 +166,7 @@ class _Stopping:
 
 
 def _train(
-    recipe: str, name: str, values: list[str], root: Path, stopping: _Stopping, *, test: bool
+    verb: str, recipe: str, name: str, values: list[str], root: Path, stopping: _Stopping, *, test: bool
 ) -> dict[str, Any]:
     """Take a cell to its end from where it is; return what its line says of that."""
     from .find import TESTED
@@ -183,7 +184,7 @@ def _train(
         if run is not None and any((run / "checkpoints").glob("*.ckpt")):
             code = stopping.run(["resume", str(run)])
         else:
-            code = stopping.run(["fit", recipe, *values, f"trainer.default_root_dir={root}"])
+            code = stopping.run([verb, recipe, *values, f"trainer.default_root_dir={root}"])
         run = newest()
     if run is not None and test and not code and not stopping.received and not (run / TESTED).exists():
         code = stopping.run(["test", str(run)])

@@ -169,6 +169,7 @@ def test_vocabularies_give_back_what_they_took(text: str) -> None:
     bpe = train_bpe(iter(["plain text, naïve café"] * 10), 300)
     for vocabulary in (
         Bytes(),
+        Bytes().as_subwords(),
         bpe,
         vocabulary_from_dict(bpe.to_dict()),
         vocabulary_from_dict({"kind": "bytes"}),
@@ -180,6 +181,15 @@ def test_vocabularies_give_back_what_they_took(text: str) -> None:
         stream = vocabulary.stream()
         assert "".join(stream.push(token) for token in tokens.tolist()) + stream.flush() == text
         assert tokens.max(initial=0) < vocabulary.size
+
+
+def test_bytes_are_the_same_tokens_in_a_tokenizer_json() -> None:
+    own, words = Bytes(), Bytes().as_subwords()
+    assert (words.size, words.eos) == (own.size, own.eos)
+    assert words.names() == own.names()
+    assert words.byte_lengths().tolist() == own.byte_lengths().tolist()
+    text = "naïve café ☕ 日本\n".encode()
+    assert words.encode(text).tolist() == own.encode(text).tolist()
 
 
 def test_a_long_stream_loses_nothing() -> None:

@@ -197,6 +197,17 @@ def test_lists_and_sections_are_values_too() -> None:
     assert backbone["mamba"]["selective"] == ["delta", "B"]
 
 
+def test_a_sweep_fine_tunes(command: Command, recipe: str, tmp_path: Path) -> None:
+    assert command("fit", recipe)[0] == 0
+    values = yaml.safe_load((tmp_path / recipe).read_text())
+    values |= {"extends": "language/finetune", "model": {"pretrained": "runs/small/1"}}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(values))
+    code, out, err = command("sweep", "tuned.yaml", "--over", "finetune.mode=full,head")
+    assert code == 0, err
+    assert "| full | 1 |" in out
+    assert "| head | 1 |" in out
+
+
 def test_one_run_becomes_a_page(command: Command, recipe: str, tmp_path: Path) -> None:
     for pattern in ("mamba", "s4d"):
         assert command("fit", recipe, f"model.backbone.pattern={pattern}")[0] == 0
@@ -267,6 +278,9 @@ def test_means_and_spreads_stand_beside_published_numbers(
     assert "`mambazoo sweep x` at commit 0123456 on one. Seeds 0, 1; 1.5 minutes" in text
     [picture] = tmp_path.glob("page-x-*.png")
     assert f"({picture.name})" in text
+    # runs of which it is not known how long they took
+    untimed = [{**line, "seconds": None} for line in rows]
+    assert "minutes" not in results.page([tmp_path / "some.jsonl"], untimed, tmp_path / "page.md")
     # one cell is a line of the table, and no picture
     assert "![" not in results.page([tmp_path / "some.jsonl"], rows[:3], tmp_path / "one.md")
 
