@@ -7,9 +7,11 @@ trained whole) and adapter.json (the model it was added to, and what builds the 
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +45,8 @@ class Adapter(NamedTuple):
     ) -> dict[str, Tensor]:
         """The weights of a model with these names: those of the base with the adapter added.
 
+        They have at least the precision of the adapter, in which the base was when it was trained.
+
         Raises:
             ValueError: when the base is another model than the adapter was trained on.
         """
@@ -58,8 +62,14 @@ class Adapter(NamedTuple):
                 parts.setdefault(weight, {})[part] = value
             else:
                 whole[name] = value
+        # a scale says nothing: it is always in float32
+        kinds = {value.dtype for name, value in self.weights.items() if not name.endswith(".scale")}
         plain = {**base, **whole}
-        return merge({name: plain[name] for name in names if name in plain}, parts)
+        found = {name: plain[name] for name in names if name in plain}
+        for name, value in found.items():
+            if value.is_floating_point():
+                found[name] = value.to(reduce(torch.promote_types, kinds, value.dtype))
+        return merge(found, parts)
 
 
 def read(folder: Path) -> Adapter:

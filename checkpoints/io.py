@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..zoo.lora import merge, split
 from ..zoo.optim import cast
 from ..zoo.saving import BEST, LAST, newest_checkpoint, read_checkpoint
-from ..zoo.task import Task
+from ..zoo.task import Task, name_of
 from . import adapters, hub
 from .files import read_weights, write_folder
 from .registry import Entry, locate
@@ -141,8 +141,8 @@ def save_pretrained(
     model: Task, vocabulary: dict[str, Any] | None, folder: Path, extra: dict[str, str] | None = None
 ) -> None:
     """Write a model folder, whole or not at all, adapters merged; `extra` holds texts of more files by name."""
-    task = f"{type(model).__module__}.{type(model).__qualname__}"
-    stored = Stored(folder, task, dict(model.hparams), vocabulary, merge(*split(model.state_dict())))
+    weights = merge(*split(model.state_dict()))
+    stored = Stored(folder, name_of(model), dict(model.hparams), vocabulary, weights)
     save(stored, folder, extra)
 
 

@@ -28,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     import torch
 
+    from ..zoo.finetune import FineTuning
     from ..zoo.saving import newest_checkpoint, read_checkpoint
     from .runs import latest_run
     from .train import reopen
@@ -43,7 +44,11 @@ def run(arguments: Namespace) -> int:
     launch, path = reopen(str(path), alone)
     model, data, trainer = launch.model, launch.datamodule, launch.trainer
     checkpoint = read_checkpoint(path)
+    if finetuning := launch.callback(FineTuning):
+        finetuning.prepare(model)
     model.load_state_dict(checkpoint["state_dict"])
+    # beside averages, the weights that they are of
+    model.load_state_dict(checkpoint.get("trained", {}), strict=False)
     device = trainer.strategy.root_device
     model.to(device)
 

@@ -55,9 +55,9 @@ def write_page(sources: list[Path], rows: list[results.Row], output: Path) -> Pa
 def write_run(run: Path, output: Path | None = None) -> Path:
     """Write the page of one run, finished or not, and its pictures, in its folder."""
     from ..zoo.journal import read_journal
-    from .runs import PICTURES, draw
+    from .runs import PICTURES, draw, surroundings
 
-    series, environment = read_journal(run), json.loads((run / "env.json").read_text())
+    series, environment = read_journal(run), surroundings(run)
     if not series:
         raise ValueError(f"{run / 'metrics.csv'}: nothing has been logged yet")
     output = output or run / PAGE
@@ -108,6 +108,8 @@ def write_run(run: Path, output: Path | None = None) -> Path:
 
 def compare(runs: list[Path]) -> list[results.Row]:
     """The lines of single runs: what differs between those of one recipe is what was set in them."""
+    from .runs import surroundings
+
     recipes = [_recipe(run) for run in runs]
     rows = []
     for run, recipe in zip(runs, recipes, strict=True):
@@ -121,7 +123,7 @@ def compare(runs: list[Path]) -> list[results.Row]:
         ]
         over = {key: recipe.get(key) for key in keys}
         row = {"recipe": recipe["name"], "over": over, "overrides": [], "seed": recipe.get("seed_everything")}
-        command = json.loads((run / "env.json").read_text())["command"]
+        command = surroundings(run)["command"]
         rows.append({**row, **results.outcome(run), "command": command})
     return rows
 

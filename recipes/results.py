@@ -56,7 +56,9 @@ def read(path: Path) -> list[Row]:
 
 def outcome(run: Path) -> Row:
     """What a finished run left, as the part of its line that says how it went, where and from what."""
-    summary, environment = (json.loads((run / name).read_text()) for name in ("summary.json", "env.json"))
+    from .runs import surroundings
+
+    summary, environment = json.loads((run / "summary.json").read_text()), surroundings(run)
     del summary["recipe"]
     kept = {key: environment[key] for key in ("commit", "hardware", "versions")}
     tested = {"test": json.loads((run / TESTED).read_text())} if (run / TESTED).exists() else {}

@@ -88,6 +88,19 @@ def record(run: Path, name: str, config: dict[str, Any]) -> None:
     (run / "env.json").write_text(json.dumps(environment(), indent=2))
 
 
+def surroundings(run: Path) -> dict[str, Any]:
+    """What `record` kept of a run's surroundings.
+
+    Raises:
+        ValueError: when that is not there.
+    """
+    try:
+        kept: dict[str, Any] = json.loads((run / "env.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{run}: its env.json is gone, without which nobody knows where it ran") from None
+    return kept
+
+
 def environment() -> dict[str, Any]:
     """Versions, git commit, command line and hardware."""
     import torch

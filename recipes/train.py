@@ -20,7 +20,7 @@ from .find import TESTED, Recipe, compose, find, flat
 from .finetune import Start, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first
-from .runs import draw, latest_run, make_run, record, summarise
+from .runs import draw, latest_run, make_run, record, summarise, surroundings
 
 # the callbacks that a run without training needs
 _WATCHING = ("progress",)
@@ -225,7 +225,7 @@ def _finish(launch: Launch, config: dict[str, Any], run: Path, name: str) -> Non
 
 def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
     """The README of a model folder."""
-    env = json.loads((run / "env.json").read_text())
+    env = surroundings(run)
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(summary["val"].items()))
     where = f"at commit {env['commit'] or 'unknown'} on {', '.join(env['hardware'])}"
     return (

@@ -5,8 +5,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from .norms import statistics
+from .sharding import share
 
 
 class Average(L.Callback):
@@ -34,9 +36,11 @@ class Average(L.Callback):
             weights = checkpoint["state_dict"]
             checkpoint["trained"] = {name: weights[name] for name in self.average}
             # names that share a weight share its average
-            shared = {weights[name].data_ptr(): value for name, value in self.average.items()}
+            own: dict[str, Tensor] = dict(pl_module.named_buffers(remove_duplicate=False))
+            own.update(pl_module.named_parameters(remove_duplicate=False))
+            shared = {own[name]: value for name, value in self.average.items()}
             checkpoint["state_dict"] = {
-                name: shared.get(value.data_ptr(), value) for name, value in weights.items()
+                name: shared.get(own.get(name, value), value) for name, value in weights.items()
             }
 
     def on_load_checkpoint(
@@ -52,7 +56,7 @@ class Average(L.Callback):
         # a checkpoint's weights are the average
         self.average = {name: p.detach().clone() for name, p in weights.items()}
         for name, value in self._trained.items():
-            weights[name].copy_(value)
+            weights[name].copy_(share(value, weights[name]))
         self._trained = {}
 
     @torch.no_grad()
@@ -90,5 +94,8 @@ class Average(L.Callback):
 
     def _weights(self, model: L.LightningModule) -> dict[str, Tensor]:
         """What is averaged: what is trained, and what norms found usual of it."""
+        if isinstance(model, FSDPModule):
+            # what no block holds stays gathered after a forward pass without a backward one
+            model.reshard()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return {**trained, **statistics(model)}

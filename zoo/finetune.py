@@ -116,7 +116,7 @@ class FineTuning(L.Callback):
             What starts anew is trained in each.
         rank, alpha: of lora; the difference is multiplied by alpha / rank.
         targets: of lora, the modules to adapt by the last part of their name (in_proj, x_proj, dt_proj, out_proj,
-            conv1d, embedding); null is every module with a matrix.
+            conv1d, embedding) and what shares their weight; null is every module with a matrix.
         unfreeze_every: of gradual, the steps after which the next layer joins.
         fresh: the parameters that start anew; the verb `finetune` finds them.
     """
@@ -170,7 +170,7 @@ class FineTuning(L.Callback):
                     parameter.grad = None
 
     def _targets(self, model: nn.Module, kept: list[nn.Parameter]) -> list[str]:
-        """The modules to adapt: of those that are meant, all but what is trained as it is."""
+        """The modules to adapt: those that are meant and what shares their weight, but for what is trained as it is."""
         found = dict(matrices(model))
         kinds = {name.rpartition(".")[2] for name in found}
         for target in self.targets or []:
@@ -178,12 +178,12 @@ class FineTuning(L.Callback):
                 raise ValueError(
                     f"finetune.targets: {target!r} is none of {', '.join(sorted(kinds))}{nearest(target, kinds)}"
                 )
-        return [
-            name
+        meant = {
+            module.weight
             for name, module in found.items()
-            if (self.targets is None or name.rpartition(".")[2] in self.targets)
-            and not any(module.weight is parameter for parameter in kept)
-        ]
+            if self.targets is None or name.rpartition(".")[2] in self.targets
+        }
+        return [name for name, module in found.items() if module.weight in meant.difference(kept)]
 
 
 def describe(model: nn.Module) -> str:

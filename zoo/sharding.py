@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from .block import Block
+from .norms import BatchNorm
 from .ranks import together
 from .saving import NAMES, read_tensors, write_part
 from .shards import FOLDER, part_name, remove_unnamed, split
@@ -61,6 +62,11 @@ class FullySharded(ModelParallelStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         assert self.model is not None
         assert self.accelerator is not None
+        if trainer.state.fn == TrainerFn.FITTING and any(map(_learns_statistics, self.model.modules())):
+            raise ValueError(
+                "model.backbone.norm: with fsdp2 each rank has statistics of its own for batch, and only the first "
+                "rank's are kept; use trainer.strategy=ddp, or take rms or layer"
+            )
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
@@ -93,14 +99,14 @@ class FullySharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
         own = self.model.state_dict()
-        state = {name: _share(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        state = {name: share(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
         self.model.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             shared = {
-                i: {name: _share(value, parameters[i]) for name, value in values.items()}
+                i: {name: share(value, parameters[i]) for name, value in values.items()}
                 for i, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": shared})
@@ -149,7 +155,11 @@ def groups(model: nn.Module) -> list[list[nn.Module]]:
     return found
 
 
-def _share(value: Any, like: Tensor | None) -> Any:
+def _learns_statistics(module: nn.Module) -> bool:
+    return isinstance(module, BatchNorm) and module.weight.requires_grad
+
+
+def share(value: Any, like: Tensor | None) -> Any:
     """This rank's share of a whole tensor, where `like`, of the same shape, is shared out."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value

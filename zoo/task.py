@@ -65,7 +65,7 @@ class Task(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # with the hyperparameters, all that it takes to build the model again
-        checkpoint["task"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["task"] = name_of(self)
         checkpoint["usual_norm"] = self._usual
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -157,3 +157,9 @@ class Task(L.LightningModule):
 
     def on_train_end(self) -> None:
         self._judge(0)
+
+
+def name_of(model: Task) -> str:
+    """The class of a model with its module; where parameters are sharded, PyTorch puts one of its own before it."""
+    found = next(x for x in type(model).__mro__ if not x.__module__.startswith("torch.distributed."))
+    return f"{found.__module__}.{found.__qualname__}"

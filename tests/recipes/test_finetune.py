@@ -19,6 +19,7 @@ from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
+from mambazoo.zoo.optim import cast
 from mambazoo.zoo.saving import read_checkpoint
 from safetensors.torch import load_file
 
@@ -141,6 +142,27 @@ def test_adapters_are_kept_alone_and_merged(mambazoo: Command, base: Path, texts
     written = (run / "adapter" / "adapter.safetensors").stat().st_size
     assert written < 0.3 * (run / "model" / "model.safetensors").stat().st_size
     assert json.loads((run / "summary.json").read_text())["parameters"] == 10992
+
+
+@pytest.mark.parametrize("targets", ["null", "[head]", "[in_proj]"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_coarser_model_is_the_model_that_was_trained(
+    mambazoo: Command, texts: Path, targets: str
+) -> None:
+    coarse = LanguageModel(BACKBONE, Bytes.size)
+    cast(coarse, torch.bfloat16)
+    save_pretrained(coarse, {"kind": "bytes"}, Path("coarse"))
+    code, _, err = mambazoo(
+        "finetune", "language/finetune", "model.pretrained=coarse", f"data.paths={texts}", *SMALL,
+        "finetune.mode=lora", "finetune.rank=2", f"finetune.targets={targets}", "model.optimizer.lr=0.05",
+    )  # fmt: skip
+    assert code == 0, err
+    run, tokens = Path("runs/language/finetune/1"), torch.randint(257, (1, 20))
+    with torch.no_grad():
+        kept, alone = (from_pretrained(run / name)(tokens)[0] for name in ("model", "adapter"))
+        before = from_pretrained("coarse", dtype=torch.float32)(tokens)[0]
+    torch.testing.assert_close(alone, kept, rtol=0, atol=1e-6)
+    assert not torch.allclose(kept, before, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -291,6 +313,8 @@ def test_export_and_import_are_each_others_inverse(mambazoo: Command, base: Path
         code, out, err = mambazoo("export", str(base), "--format", layout, "--output", layout)
         assert code == 0, err
         assert "config.json" in out
+        # bytes too, for who knows no other vocabulary
+        assert "tokenizer.json" in out
         code, _, err = mambazoo("import", layout, "--output", f"{layout} back", "--dtype", "bfloat16")
         assert code == 0, err
         model, tokens = from_pretrained(f"{layout} back"), torch.randint(257, (1, 20))

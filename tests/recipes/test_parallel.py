@@ -18,6 +18,8 @@ import pytest
 import soundfile
 import torch
 import yaml
+from mambazoo.checkpoints.io import from_pretrained
+from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
 
 STEPS = 16
@@ -248,7 +250,8 @@ def test_a_deterministic_run_repeats(
 def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     folder: Path, recipes: dict[str, Path]
 ) -> None:
-    common = ["model.backbone.checkpoint_activations=true", "model.backbone.d_mlp=24"]
+    average = "callbacks.average.decay=0.9"
+    common = ["model.backbone.checkpoint_activations=true", "model.backbone.d_mlp=24", average]
     plain = fit(folder / "plain", recipes["genomics"], 1, *common)
     place = folder / "sharded"
     arguments = options(2, *common, "trainer.strategy=fsdp2-sharded")
@@ -267,13 +270,27 @@ def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
         shutil.copytree(place, again)
         arguments = options(ranks, f"trainer.strategy={strategy}")
         Run(again, ranks, "resume", "runs/genomics/1", *arguments).finish()
-        assert_close(again / "runs" / "genomics" / "1", plain, 2e-4)
+        resumed = again / "runs" / "genomics" / "1"
+        assert_close(resumed, plain, 2e-4)
+        a, b = weights(resumed), weights(plain)
+        assert a.keys() == b.keys()
+        assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in b)
+        # shards are of classes that PyTorch makes, and what is kept is of ours
+        for path in (run, resumed, resumed / "model"):
+            assert type(from_pretrained(path)) is GenomeModel
     # one that lacks a part is passed over for the one before
     part = next((checkpoints / "shards").glob(f"{stopped['global_step']}-*/00001.parts"))
     part.write_bytes(part.read_bytes()[:100])
     path, problems = newest_checkpoint(checkpoints)
     assert path.name == "previous.ckpt"
     assert part.name in problems[0]
+
+
+def test_sharded_runs_refuse_statistics_of_one_rank(folder: Path, recipes: dict[str, Path]) -> None:
+    arguments = options(1, "trainer.strategy=fsdp2", "model.backbone.norm=batch")
+    text = Run(folder / "batch", 1, "fit", str(recipes["genomics"]), *arguments).finish(2)
+    assert "model.backbone.norm: with fsdp2 each rank has statistics of its own" in text
+    assert "Traceback" not in text
 
 
 # one rank that starts, one that hands on, one that ends

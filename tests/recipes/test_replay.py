@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mambazoo.checkpoints.io import save_pretrained
 from mambazoo.datamodules.base import DataModule
 from mambazoo.datamodules.genomics import GenomeDataModule
+from mambazoo.datamodules.vocab import Bytes
 from mambazoo.recipes.cli import main
 from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.journal import read_journal
@@ -69,6 +71,35 @@ def test_a_step_is_replayed_exactly(
     assert all(0 <= share <= 1 for _, share in logged["train/data_wait"])
     assert any(share > 0 for _, share in logged["train/data_wait"])
     assert all(gib > 0.01 for _, gib in logged["train/memory_gib"])
+
+
+@pytest.mark.parametrize("option", ["finetune.mode=lora", "callbacks.average.decay=0.9"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_is_replayed_with_the_weights_that_were_trained(
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(LanguageModel({"d_model": 8, "n_layers": 1}, Bytes.size), {"kind": "bytes"}, Path("base"))
+    options = ["model.pretrained=base", f"data.paths={texts}", "data.length=32", "data.batch_size=2", option]
+    options += [
+        "model.optimizer.lr=0.05",
+        "model.optimizer.warmup_steps=0",
+        "callbacks.checkpoints.every_n_steps=1",
+    ]
+    options += ["trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=4"]
+    options += ["trainer.limit_val_batches=1", "trainer.log_every_n_steps=1"]
+    command(capsys, "finetune", "language/finetune", *options)
+    logged = read_journal(Path("runs/language/finetune/1"))
+    text = command(capsys, "replay", "runs/language/finetune", "--step", "4")
+    assert "step 4, with the weights after step 3" in text
+    found = re.search(r"^loss ([\d.]+)  gradient norm ([\d.]+)$", text, re.MULTILINE)
+    assert found
+    assert float(found[1]) == pytest.approx(dict(logged["train/loss"])[4], abs=1e-6)
+    assert float(found[2]) == pytest.approx(dict(logged["train/gradient_norm"])[4], rel=1e-5)
 
 
 def changed(run: Path) -> str:

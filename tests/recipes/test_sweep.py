@@ -236,6 +236,10 @@ def test_one_run_becomes_a_page(command: Command, recipe: str, tmp_path: Path) -
     code, _, err = command("report", str(run), str(run.with_name("2")))
     assert code == 2
     assert "is not finished" in err
+    (run / "env.json").unlink()
+    code, _, err = command("report", str(run))
+    assert code == 2
+    assert "its env.json is gone" in err
 
 
 def row(recipe: str, seed: int, accuracy: float, **over: object) -> results.Row:

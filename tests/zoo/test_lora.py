@@ -109,6 +109,19 @@ def test_a_head_that_shares_the_embedding_shares_its_adapter() -> None:
     assert not torch.equal(own.head.weight, own.embedding.weight)
 
 
+@pytest.mark.parametrize("target", ["head", "embedding"])
+@torch.no_grad()
+def test_a_target_is_every_module_that_shares_its_weight(target: str) -> None:
+    model = build()
+    FineTuning("lora", rank=2, targets=[target]).prepare(model)
+    stir(model)
+    assert torch.equal(model.head.weight, model.embedding.weight)
+    merged = build()
+    merged.load_state_dict(merge(*split(model.state_dict())))
+    x = torch.randint(40, (1, 12))
+    assert torch.equal(merged(x)[0], model(x)[0])
+
+
 def test_a_low_rank_is_used_where_it_is_smaller() -> None:
     low = LowRank(torch.zeros(64, 32), 4, 8.0)
     assert {name: tuple(p.shape) for name, p in low.named_parameters()} == {"down": (4, 32), "up": (64, 4)}
