@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,7 +62,9 @@ def _run(given: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     listing = verbs.add_parser("ls", help="list the recipes and the models")
-    listing.add_argument("filter", nargs="?", default="", help="a part of their names")
+    listing.add_argument(
+        "filter", nargs="?", default="", help="a part of their names; of a model's whole name, all of it"
+    )
     for verb, summary in (
         ("show", "print a recipe with everything resolved"),
         ("check", "find all that is wrong with one"),
@@ -122,6 +125,9 @@ def _ls(options: argparse.Namespace) -> int:
     for entry in models:
         said = [f"{entry.parameters / 1e6:,.4g}M parameters", entry.data, entry.metric]
         print(f"{entry.name:24} {entry.domain}: {'; '.join(filter(None, said))}")
+        if entry.name == options.filter:
+            kept = {key: value for key, value in asdict(entry).items() if value is not None and key != "name"}
+            print("".join(f"  {key:12} {value}\n" for key, value in kept.items()), end="")
     return 0
 
 

@@ -210,7 +210,7 @@ class BackboneConfig(Config):
                 raise ValueError(
                     f"backbone.pattern: must read like 'mamba' or 'mamba*7 + other', not {self.pattern!r}"
                 )
-            names += [name] * (int(count) if star else 1)
+            names += [name] * (min(int(count), self.n_layers) if star else 1)
         if not names:
             raise ValueError(f"backbone.pattern: {self.pattern!r} names no mixer")
         return [names[i % len(names)] for i in range(self.n_layers)]
@@ -283,6 +283,9 @@ class UNetConfig(BackboneConfig):
             values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
         return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
 
+
+# of any size: more is a slip, and would ask for memory before it fails
+_LARGEST = 1 << 20
 
 MIXERS = ("mamba", "s4d", "attention", "lstm")
 
@@ -396,5 +399,7 @@ def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _positive(where: str, config: Config, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{where}.{name}: must be above 0, not {getattr(config, name)}")
+        if not (value := getattr(config, name)) > 0:
+            raise ValueError(f"{where}.{name}: must be above 0, not {value}")
+        if value > _LARGEST:
+            raise ValueError(f"{where}.{name}: must be {_LARGEST} at most, not {value}")

@@ -436,11 +436,17 @@ def test_a_model_is_uploaded_with_its_card(folder: Path) -> None:
 
 
 def test_ls_lists_models_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "mamba-2.8b-slimpj        language: 2,768M parameters; SlimPajama, 600 billion tokens\n"
+    with pytest.raises(SystemExit):
+        main(["ls", "8b-slim"])
+    assert capsys.readouterr().out == line
+    # of a whole name, all that is known
     with pytest.raises(SystemExit):
         main(["ls", "mamba-2.8b-slimpj"])
-    assert capsys.readouterr().out == (
-        "mamba-2.8b-slimpj        language: 2,768M parameters; SlimPajama, 600 billion tokens\n"
-    )
+    first, *more = capsys.readouterr().out.splitlines(keepends=True)
+    assert first == line
+    assert {row.split()[0] for row in more} >= {"weights", "licence", "parameters"}
+    assert "hf:state-spaces/mamba-2.8b-slimpj" in "".join(more)
     code = (
         "import sys\nfrom mambazoo.checkpoints.registry import entries\nassert entries()\n"
         "assert not {'torch', 'huggingface_hub', 'numpy'} & set(sys.modules)"

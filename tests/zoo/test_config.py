@@ -42,6 +42,8 @@ def test_all_problems_are_found_at_once() -> None:
         ({"pattern": "mamba*x"}, "backbone.pattern: must read like"),
         ({"size": "mamba-130n"}, "is none of"),
         ({"n_layers": 0}, "must be above 0"),
+        ({"d_model": 10**9}, "backbone.d_model: must be 1048576 at most"),
+        ({"mamba": {"d_state": 10**9}}, "mamba.d_state: must be 1048576 at most"),
         ({"mamba": {"a_init": "zeros"}}, "mamba.a_init: must be one of"),
         ({"mamba": {"selective": ["delta", "D"]}}, "mamba.selective: must be one of"),
         ({"mamba": {"a_init": "s4d-lin", "d_state": 5}}, "must be even"),
