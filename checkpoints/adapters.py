@@ -37,7 +37,8 @@ class Adapter(NamedTuple):
 
     def base_from(self, folder: Path) -> str:
         """Where the model is that the adapter was added to: a path in it is one from its own folder."""
-        near = folder / self.base
+        if not isinstance(self.base, str) or (near := folder / self.base).resolve() == folder.resolve():
+            raise ValueError(f"{folder / CONFIG} is damaged: `base` must be a model, not {self.base!r}")
         return str(near) if near.exists() else self.base
 
     def on(

@@ -222,12 +222,23 @@ def _read_folder(folder: Path, weights: bool) -> Stored:
         raise ValueError(
             f"{folder / CONFIG} is not the config of a model of this package ({error})"
         ) from None
+    _check_sections(folder / CONFIG, arguments, vocabulary)
     found = read_weights(folder) if weights else {}
     return _tied(Stored(folder, name, arguments, read_vocabulary(folder, vocabulary), found))
 
 
+def _check_sections(path: Path, arguments: Any, vocabulary: Any) -> None:
+    """Raise ValueError where a config has something else in the place of several values by name."""
+    named = arguments if isinstance(arguments, dict) else {"backbone": arguments}
+    sections = {key: named[key] for key in ("backbone", "optimizer") if key in named}
+    for key, value in {**sections, "vocabulary": vocabulary}.items():
+        if not isinstance(value, dict) and (value is not None or key == "backbone"):
+            raise ValueError(f"{path} is damaged: {key} must be values by name, not {value!r}")
+
+
 def _read_adapter(folder: Path, weights: bool) -> Stored:
     adapter = adapters.read(folder)
+    _check_sections(folder / adapters.CONFIG, adapter.arguments, adapter.vocabulary)
     stored = Stored(folder, adapter.task, adapter.arguments, read_vocabulary(folder, adapter.vocabulary), {})
     if not weights:
         return stored

@@ -116,6 +116,23 @@ def test_a_config_is_held_against_the_weights_before_there_is_a_model(
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocabulary": [1]}, r"vocabulary must be values by name, not \[1\]"),
+        ({"model": {"backbone": None}}, "backbone must be values by name, not None"),
+        ({"model": {"backbone": {}, "optimizer": 5}}, "optimizer must be values by name, not 5"),
+    ],
+    ids=str,
+)
+def test_a_config_without_its_sections_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = folder(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=rf"config\.json is damaged: {message}"):
+        load(path)
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (Path("exploded"),))
@@ -188,6 +205,10 @@ def test_an_adapter_on_another_model_is_refused(
     (path / "adapter.json").write_text(json.dumps({**config, "base": "./nowhere"}))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(path)
+    for base in (".", 5):
+        (path / "adapter.json").write_text(json.dumps({**config, "base": base}))
+        with pytest.raises(ValueError, match=f"`base` must be a model, not {base!r}"):
+            load(path)
     (path / "adapter.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"adapter\.json is not the config of an adapter \('base' is missing\)"
