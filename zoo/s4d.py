@@ -27,6 +27,9 @@ from .config import S4DConfig
 from .mamba import MambaState, full, steps_before_softplus
 from .mixer import Mixer
 
+# positions that take a GPU about as long as to begin another batch
+LITTLE = 1 << 14
+
 
 class S4D(Mixer):
     """A time-invariant state space model over d_inner channels.
@@ -109,16 +112,9 @@ class S4D(Mixer):
     def _convolve_packed(self, u: Tensor, cu_seqlens: Tensor) -> Tensor:
         """K * u + D u of each of the sequences in u (1, l, d_inner); on a GPU this waits for their lengths."""
         bounds = boundaries(cu_seqlens, u.shape[1])
-        # at most half of a row is padding where the lengths of a batch of rows have as many bits
-        batches: dict[int, list[int]] = {}
-        for i, (start, end) in enumerate(pairwise(bounds)):
-            batches.setdefault((end - start).bit_length(), []).append(i)
         # where the first output of each sequence lies among those of all batches
         places, made, outputs = [0] * (len(bounds) - 1), 0, []
-        for batch in batches.values():
-            length = max(bounds[i + 1] - bounds[i] for i in batch)
-            if not length:
-                continue
+        for length, batch in _batches([end - start for start, end in pairwise(bounds)]):
             chosen = cu_seqlens.new_tensor(batch)
             starts, ends = cu_seqlens[chosen].unsqueeze(1), cu_seqlens[chosen + 1].unsqueeze(1)
             times = starts + torch.arange(length, device=u.device, dtype=starts.dtype)
@@ -254,6 +250,21 @@ class _GatedLinear(nn.Linear):
 def _real_row(x: Tensor) -> Tensor:
     """(..., n) as real numbers: itself, or (..., 2 n). The product with a conjugate's is the real part of the sum."""
     return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
+
+
+def _batches(lengths: list[int]) -> list[tuple[int, list[int]]]:
+    """Which sequences to convolve together, and how long the longest of each batch is; empty ones are in none.
+
+    A sequence is filled up to at most twice its length, or is among the last, which together take up LITTLE.
+    """
+    found: list[tuple[int, list[int]]] = []
+    left = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
+    while left:
+        longest = lengths[left[-1]]
+        if not found or (2 * longest < found[-1][0] and len(left) * found[-1][0] > LITTLE):
+            found.append((longest, []))
+        found[-1][1].append(left.pop())
+    return found
 
 
 def _fast_size(least: int) -> int:

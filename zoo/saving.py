@@ -1,7 +1,8 @@
 """Checkpoints that survive anything: written whole or not at all, and found again when the newest is damaged.
 
-Lightning 2.6 writes through a second file system's temporary folder and a copy, which a kill or a full disk
-cuts short, and restores a run whose validation was due as if that had happened. Both are mended here.
+Training goes on while one is written: it waits for a copy in the memory of the host alone. Lightning 2.6 waits for the
+disk, writes through a second file system's temporary folder and a copy, which a kill or a full disk cuts short, and
+restores a run whose validation was due as if that had happened. All three are mended here.
 """
 
 import errno
@@ -10,6 +11,8 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +21,9 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from .ranks import together
-from .shards import join, part_files
+from .ranks import most_over_ranks, together
+from .shards import host_copy, join, part_files
+from .stopping import StoppedError
 
 LAST, PREVIOUS, BEST = NAMES = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -147,9 +151,9 @@ class AtomicCheckpointIO(CheckpointIO):
 class Checkpoints(Checkpoint):
     """Keep the last checkpoint, the one before it, and the best by a metric of validation.
 
-    A checkpoint is written after an optimiser step, before the validation that may be due at it; a run
-    resumed from there makes that validation up, so that nothing is lost to a kill in between. The best is
-    a second name of the file that was last when it was validated: free, and good to go on from too.
+    A checkpoint is taken after an optimiser step, before the validation that may be due at it, and written while
+    training goes on; a run resumed from there makes that validation up, so that nothing is lost to a kill in between.
+    The best is a second name of the file that was last when it was validated: free, and good to go on from too.
 
     Args:
         folder: where to write.
@@ -163,8 +167,12 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"mode: must be min or max, not {mode!r}")
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
-        # whether validation was due when the checkpoint was written, and has not been since
+        # whether validation was due when the checkpoint was taken, and has not been since
         self.owed = False
+        # this rank's part of a checkpoint on its way to the disk, and what is to be done when all ranks have written
+        self._writing: tuple[Future[None], Callable[[], None]] | None = None
+        # whether that checkpoint is the best
+        self._is_best = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "owed": self.owed}
@@ -200,6 +208,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.fit_loop._should_accumulate():
             return
+        self._settle(wait=False)
         step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
         interval = trainer.val_check_batch
         self.owed = last or (interval is not None and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
@@ -225,17 +234,77 @@ class Checkpoints(Checkpoint):
         better = self.best is None or (now < self.best if self.mode == "min" else now > self.best)
         if better and math.isfinite(now):
             self.best = now
-            if trainer.is_global_zero:
-                _second_name(self.folder / LAST, self.folder / BEST)
+            self._is_best = trainer.is_global_zero
+            if self._writing is None:
+                self._name_best()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._settle(wait=True)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, StoppedError):
+            # raised by all ranks at once
+            self._settle(wait=True)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the last checkpoint; the one that was last becomes the previous."""
-        last = self.folder / LAST
-        # not by the trainer, which leaves the other ranks waiting where the disk of the first is full
-        known = trainer.is_global_zero and last.exists()
-        together(lambda: _second_name(last, self.folder / PREVIOUS) if known else None)
+        """Take a checkpoint and begin to write it as the last; the one that was last becomes the previous.
+
+        Raises:
+            OSError: when the checkpoint before this one could not be written, by any of the ranks.
+        """
+        self._settle(wait=True)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        together(lambda: trainer.strategy.save_checkpoint(checkpoint, last))
+        # not by the trainer, which leaves the other ranks waiting where the disk of the first is full
+        write, finish = writes(trainer.strategy, checkpoint, self.folder / LAST)
+
+        def begin() -> None:
+            if trainer.is_global_zero and (self.folder / LAST).exists():
+                _second_name(self.folder / LAST, self.folder / PREVIOUS)
+            write()
+
+        self._writing = self._writer.submit(begin), finish
+
+    def _settle(self, *, wait: bool) -> None:
+        """End the writing of a checkpoint once all ranks have written; with wait, wait for them."""
+        if self._writing is None:
+            return
+        written, finish = self._writing
+        if not wait and most_over_ranks(not written.done()):
+            return
+        self._writing = None
+        together(written.result)
+        together(finish)
+        self._name_best()
+
+    def _name_best(self) -> None:
+        if self._is_best:
+            _second_name(self.folder / LAST, self.folder / BEST)
+        self._is_best = False
+
+    @cached_property
+    def _writer(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "checkpoint")
+
+
+def writes(
+    strategy: Any, checkpoint: dict[str, Any], path: Path
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What this rank has to write of a checkpoint, and what to do when all ranks have: a copy, safe to train on beside.
+
+    Every rank has to ask for it; what is returned may be called from another thread.
+    """
+    if hasattr(strategy, "writes"):
+        return strategy.writes(checkpoint, path)
+    if not strategy.is_global_zero:
+        return nothing, nothing
+    copy = host_copy(checkpoint)
+    return lambda: strategy.checkpoint_io.save_checkpoint(copy, path), nothing
+
+
+def nothing() -> None:
+    """What a rank does that has nothing to write."""
 
 
 def _second_name(file: Path, name: Path) -> None:

@@ -5,7 +5,7 @@ or with the tensors of each rank in a file of its own (shards.py).
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from .block import Block
 from .norms import BatchNorm
 from .ranks import together
-from .saving import NAMES, read_tensors, write_part
-from .shards import FOLDER, part_name, remove_unnamed, split
+from .saving import NAMES, nothing, read_tensors, write_part
+from .shards import FOLDER, host_copy, part_name, remove_unnamed, split
 
 KINDS = ("whole", "sharded")
 # parameters that are gathered at once, where a block has fewer: the less often, the less small models wait
@@ -117,23 +116,28 @@ class FullySharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
+        for write in self.writes(checkpoint, Path(filepath)):
+            together(write)
+
+    def writes(self, checkpoint: dict[str, Any], path: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+        """See `saving.writes`."""
+        first = self.is_global_zero
         if self.checkpoint == "whole":
-            checkpoint = tree_map(self._gather, checkpoint)
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, filepath)
-            return
-        path = Path(filepath)
+            whole = host_copy(checkpoint, self._gather)
+            return (lambda: self.checkpoint_io.save_checkpoint(whole, path)) if first else nothing, nothing
         name = self.broadcast(f"{checkpoint['global_step']}-{time.time_ns()}")
-        index, parts = split({**checkpoint, FOLDER: {"folder": name, "ranks": self.world_size}})
-        together(lambda: write_part(path.parent / FOLDER / name / part_name(self.global_rank), parts))
-        if self.is_global_zero:
+        split_up = split({**checkpoint, FOLDER: {"folder": name, "ranks": self.world_size}})
+        index, parts = host_copy(split_up)
+        part = path.parent / FOLDER / name / part_name(self.global_rank)
+
+        def finish() -> None:
             self.checkpoint_io.save_checkpoint(index, path)
             remove_unnamed(path.parent, [path.with_name(name) for name in NAMES], read_tensors)
 
-    def _gather(self, x: Any) -> Any:
+        return lambda: write_part(part, parts), finish if first else nothing
+
+    def _gather(self, x: DTensor) -> Tensor | None:
         """The whole of a tensor that is shared out, on the first rank alone."""
-        if not isinstance(x, DTensor):
-            return x
         whole = x.full_tensor()
         return whole.cpu() if self.is_global_zero else None
 

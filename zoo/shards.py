@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 # beside a checkpoint, the folder of all parts; and within it, what stands for a tensor that is elsewhere
 FOLDER, PART = "shards", "part"
@@ -25,8 +25,34 @@ def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
             leaves[i] = {PART: len(parts)}
-            parts.append(leaf.to_local().cpu())
+            parts.append(leaf.to_local())
     return tree_unflatten(leaves, tree), parts
+
+
+def host_copy(x: Any, gather: Callable[[DTensor], Any] | None = None) -> Any:
+    """A copy of tensors and plain values, in the memory of the host; what were one tensor are one again.
+
+    Args:
+        x: dicts, lists and tuples of them.
+        gather: makes the copy of a tensor that is shared out.
+    """
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(x: Any) -> Any:
+        if isinstance(x, DTensor) and gather is not None:
+            return gather(x)
+        if not isinstance(x, Tensor):
+            return x
+        place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype)
+        if place not in copies or not x.numel():
+            # from a GPU into pinned memory, so that copies do not wait for one another
+            copies[place] = x.detach().to("cpu", non_blocking=True, copy=True)
+        return copies[place]
+
+    whole = tree_map(copy, x)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return whole
 
 
 def join(checkpoint: dict[str, Any], ranks: list[list[Tensor]]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ import os
 import pickle
 import random
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO, Any
 
 import lightning as L
 import pytest
@@ -25,6 +28,8 @@ from mambazoo.zoo.saving import (
     write_whole,
 )
 from mambazoo.zoo.sharding import FullySharded
+from mambazoo.zoo.shards import host_copy
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.data import DataLoader
@@ -108,7 +113,7 @@ def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path: Pat
                 os._exit(1)
         while not (tmp_path / "last.ckpt").exists():
             time.sleep(0.001)
-        time.sleep(draw.random() * 0.05)
+        time.sleep(draw.random() * 0.1)
         os.kill(writer, signal.SIGKILL)
         assert os.waitpid(writer, 0)[1] == signal.SIGKILL
         path, problems = newest_checkpoint(tmp_path)
@@ -163,6 +168,19 @@ def test_random_states_come_back_through_a_checkpoint(tmp_path: Path) -> None:
     assert draw() == expected
 
 
+def train(folder: Path, *callbacks: L.Callback, validate: int = 3) -> None:
+    """Six steps of a tiny model."""
+    model = LanguageModel({"d_model": 16, "n_layers": 1}, vocab_size=20, optimizer={"schedule": "constant"})
+    rows = [torch.randint(20, (2, 9)) for _ in range(6)]
+    batches = DataLoader([{"inputs": row[:, :-1], "targets": row[:, 1:]} for row in rows], batch_size=None)
+    trainer = L.Trainer(
+        max_steps=6, accelerator="cpu", logger=Journal(str(folder)), log_every_n_steps=1,
+        val_check_interval=validate, callbacks=list(callbacks), plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(model, batches, batches)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_is_logged_before_it_is_saved(tmp_path: Path) -> None:
     steps = []
@@ -173,18 +191,71 @@ def test_a_step_is_logged_before_it_is_saved(tmp_path: Path) -> None:
             steps.append(trainer.global_step)
             super().save(trainer)
 
-    model = LanguageModel({"d_model": 16, "n_layers": 1}, vocab_size=20, optimizer={"schedule": "constant"})
-    rows = [torch.randint(20, (2, 9)) for _ in range(6)]
-    batches = DataLoader([{"inputs": row[:, :-1], "targets": row[:, 1:]} for row in rows], batch_size=None)
-    trainer = L.Trainer(
-        max_steps=6, accelerator="cpu", logger=Journal(str(tmp_path)), log_every_n_steps=1, val_check_interval=3,
-        callbacks=[Watched(str(tmp_path), 2)], enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(model, batches, batches)
+    train(tmp_path, Watched(str(tmp_path), 2))
     assert steps == [2, 3, 4, 6]
     logged = [step for step, _ in read_journal(tmp_path)["train/loss"]]
     assert logged == [1, 2, 3, 4, 5, 6]
+
+
+class Weights(L.Callback):
+    """The weights after each step, and what is called then."""
+
+    def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
+        self.seen: dict[int, Tensor] = {}
+        self.after = after
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.seen[trainer.global_step] = next(pl_module.parameters()).detach().clone()
+        self.after(trainer.global_step)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, whole = threading.Event(), write_whole
+
+    def slow(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+        assert go_on.wait(60)
+        whole(path, write)
+
+    def after(step: int) -> None:
+        if step == 5:
+            assert not (tmp_path / "last.ckpt").exists()
+            go_on.set()
+
+    monkeypatch.setattr("mambazoo.zoo.saving.write_whole", slow)
+    weights = Weights(after)
+    train(tmp_path, weights, Checkpoints(str(tmp_path), 4), validate=6)
+    for name, step in (("previous.ckpt", 4), ("last.ckpt", 6)):
+        checkpoint = read_checkpoint(tmp_path / name)
+        assert checkpoint["global_step"] == step
+        assert torch.equal(next(iter(checkpoint["state_dict"].values())), weights.seen[step])
+    assert (tmp_path / "best.ckpt").samefile(tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_stops_where_a_checkpoint_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    weights = Weights()
+    with pytest.raises(OSError, match="No space left on device"):
+        train(tmp_path, weights, Checkpoints(str(tmp_path), 2), validate=6)
+    assert 2 <= max(weights.seen) <= 4
+
+
+def test_a_copy_shares_what_was_shared() -> None:
+    weight = torch.randn(3, 4)
+    copy = host_copy({"embedding": weight, "head": weight.detach(), "part": weight[1:], "step": 3})
+    assert copy["embedding"] is copy["head"]
+    weight.zero_()
+    assert copy["embedding"].all()
+    assert copy["part"].shape == (2, 4)
+    assert copy["step"] == 3
 
 
 def test_the_journal_is_rewound_to_a_checkpoint(tmp_path: Path) -> None:
