@@ -53,11 +53,7 @@ class Start:
         # a run is its best checkpoint now, whatever runs there will be
         place = str(self.stored.place) if Path(self.name).expanduser().exists() else self.name
         model, data, arguments = dict(config["model"]), dict(config.get("data") or {}), self.stored.arguments
-        given = dict(model.get("backbone") or {})
-        given = {**SIZES.get(given.pop("size", ""), {}), **given}
-        model["backbone"] = OmegaConf.to_container(
-            OmegaConf.merge(_plain(arguments.get("backbone", {})), given)
-        )
+        model["backbone"] = complete_backbone(model.get("backbone") or {}, arguments.get("backbone", {}))
         if "tie_embeddings" in arguments and _takes(model, "tie_embeddings"):
             model.setdefault("tie_embeddings", arguments["tie_embeddings"])
         vocabulary = self.stored.vocabulary
@@ -121,6 +117,15 @@ class Start:
                 "start anew", PRETRAINED, self.name, len(here), len(pairs), len(here) - len(pairs),
             )  # fmt: skip
         return pairs
+
+
+def complete_backbone(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """The values of a backbone that are given and, where none is, those of a stored model."""
+    numbers: dict[str, Any] = dict(SIZES.get(given.get("size", ""), {}))
+    rest = {key: value for key, value in given.items() if key != "size"}
+    merged = OmegaConf.to_container(OmegaConf.merge(_plain(stored), numbers, rest))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
 
 
 def save_adapter(launch: Launch, config: dict[str, Any], best: Path, folder: Path) -> int:

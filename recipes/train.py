@@ -17,7 +17,7 @@ from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, 
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import TESTED, Recipe, compose, find, flat
-from .finetune import Start, save_adapter
+from .finetune import Start, complete_backbone, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first
 from .runs import draw, latest_run, make_run, record, summarise, surroundings
@@ -80,7 +80,7 @@ def resume(name: str, overrides: list[str]) -> int:
     step = checkpoint["global_step"]
     if (kept.get("loggers") or {}).get("tensorboard"):
         overrides = [*overrides, f"loggers.tensorboard.purge_step={step}"]
-    config = compose(recipe, [*overrides, place])
+    config = _as_it_was(compose(recipe, [*overrides, place]), checkpoint)
     config.pop("name", None)
     launch = Launch(config)
     _prepare(launch)
@@ -246,6 +246,7 @@ def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     # one process sees every sample once, and in order
     alone = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"]
     config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
+    config = _as_it_was(config, checkpoint)
     config.pop("name", None)
     if (run / TOKENIZER).is_file() and not any(
         override.startswith("data.tokenizer=") for override in overrides
@@ -258,6 +259,14 @@ def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     _prepare(launch)
     _must_fit(launch, checkpoint)
     return launch, path
+
+
+def _as_it_was(config: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A run's recipe where its model decides what is left to the backbone's defaults, which may have changed since."""
+    stored, model = checkpoint.get("hyper_parameters", {}).get("backbone"), config["model"]
+    if not stored:
+        return config
+    return {**config, "model": {**model, "backbone": complete_backbone(model.get("backbone") or {}, stored)}}
 
 
 def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:

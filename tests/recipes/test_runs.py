@@ -291,13 +291,28 @@ def test_a_resumed_run_cannot_change_what_its_state_decides(whole: Path) -> None
 
 
 def test_a_folder_that_moved_is_still_a_run(whole: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(whole, tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "summary.json").unlink()
     finish(start(tmp_path, "resume", "elsewhere", "trainer.max_steps=32"))
     assert json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["steps"] == 32
     assert json.loads((whole / "summary.json").read_text())["steps"] == STEPS
+
+
+def test_a_run_is_the_model_it_was_where_a_default_has_changed(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "elsewhere"
+    shutil.copytree(whole, run)
+    kept = yaml.safe_load((run / "recipe.yaml").read_text())
+    # as if two layers had been the default then
+    del kept["model"]["backbone"]["n_layers"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(kept))
+    output = finish(start(tmp_path, "validate", "elsewhere"))
+    summary = json.loads((whole / "summary.json").read_text())
+    measured = json.loads(output[output.index("{") :])
+    assert measured["val/bits_per_byte"] == pytest.approx(summary["val"]["bits_per_byte"], rel=1e-6)
+    finish(start(tmp_path, "resume", "elsewhere", "trainer.max_steps=32"))
+    assert json.loads((run / "summary.json").read_text())["steps"] == 32
+    output = finish(start(tmp_path, "validate", "elsewhere", "model.backbone.n_layers=3"), 2)
+    assert "backbone.n_layers: the checkpoint has 2, the recipe 3" in output
 
 
 def test_the_golden_curve_holds(whole: Path) -> None:
