@@ -6,6 +6,7 @@ MambaForCausalLM. Both are causal language models whose every layer is the paper
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -119,7 +120,9 @@ def config_to(arguments: dict[str, Any], layout: str, *, dtype: str, eos: int | 
         ValueError: with a line for each of its fields that the layout cannot say.
     """
     backbone = BackboneConfig.from_dict(arguments["backbone"])
-    values, usual = _flat(backbone.to_dict()), _flat(BackboneConfig().to_dict())
+    # of layers of Mamba; those of other mixers are refused for their pattern
+    backbone = replace(backbone, d_mlp=backbone.mlp_width("mamba"))
+    values, usual = _flat(backbone.to_dict()), _flat(BackboneConfig(d_mlp=0).to_dict())
     config: dict[str, Any] = {}
     problems = []
     for field, value in values.items():
@@ -132,8 +135,8 @@ def config_to(arguments: dict[str, Any], layout: str, *, dtype: str, eos: int | 
             problems.append(f"backbone.{field} is {value!r}")
     if backbone.mamba.a_init == "s4d-lin":
         problems.append("A is complex (backbone.mamba.a_init is 's4d-lin')")
-    if layout == "state-spaces" and backbone.d_mlp % 128:
-        problems.append(f"backbone.d_mlp is {backbone.d_mlp}, no multiple of 128")
+    if layout == "state-spaces" and values["d_mlp"] % 128:
+        problems.append(f"backbone.d_mlp is {values['d_mlp']}, no multiple of 128")
     if problems:
         raise ValueError(f"a Mamba of {layout} cannot say this of the model: {'; '.join(problems)}")
     tied = arguments.get("tie_embeddings", True)

@@ -2,9 +2,10 @@
 
     q, k, v = in(x);   y = out(softmax(q k^T / sqrt(d_head)) v), with q and k turned by their places (RoPE, 2104.09864)
 
-With the backbone's d_mlp as its gated MLP this is the "Transformer++" of the Mamba paper (appendix E.2.1). The keys and
-values of the last `window` tokens are the state, so that it has one size from the start: whatever hands a state on,
-in parts of a sequence or token by token, treats attention as any other mixer. No token sees further back than that.
+With the gated MLP that a block gives it (BackboneConfig.mlp_width) this is the "Transformer++" of the Mamba paper
+(appendix E.2.1). The keys and values of the last `window` tokens are the state, so that it has one size from the start:
+whatever hands a state on, in parts of a sequence or token by token, treats attention as any other mixer. No token sees
+further back than that.
 """
 
 from itertools import pairwise

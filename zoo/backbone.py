@@ -26,7 +26,7 @@ class Blocks(nn.Module):
     @torch.no_grad()
     def _scale_residual_projections(self) -> None:
         """Shrink what is added to the stream by the square root of how often that happens (GPT-2, section 2.3)."""
-        additions = self.config.n_layers * (2 if self.config.d_mlp else 1)
+        additions = sum(2 if self.config.mlp_width(mixer) else 1 for mixer in self.config.mixers)
         for name, weight in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

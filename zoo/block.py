@@ -58,9 +58,9 @@ class Block(nn.Module):
         self.norm = build_norm(config)
         self.mixer = build_mixer(mixer, config)
         self.prenorm, self.dropout = config.prenorm, config.dropout
-        if config.d_mlp:
+        if width := config.mlp_width(mixer):
             self.norm2 = build_norm(config)
-            self.mlp = MLP(config.d_model, config.d_mlp)
+            self.mlp = MLP(config.d_model, width)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, state: Any = None, cu_seqlens: Tensor | None = None

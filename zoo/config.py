@@ -122,7 +122,7 @@ class S4DConfig(Config):
 
 @dataclass(frozen=True)
 class AttentionConfig(Config):
-    """Softmax attention, the control that keeps all it has seen: with d_mlp, the Transformer++ of Mamba's paper."""
+    """Softmax attention, the control that keeps all it has seen; with its MLP, the Transformer++ of Mamba's paper."""
 
     # channels of a head; a narrower model has one head
     d_head: int = 64
@@ -156,8 +156,8 @@ class BackboneConfig(Config):
     n_layers: int = 24
     # mixers in the order of the layers, repeated to n_layers: "mamba", "s4d", "mamba*7 + attention", "lstm"
     pattern: str = "mamba"
-    # width of the gated MLP after every mixer; 0 is none, as in Mamba
-    d_mlp: int = 0
+    # width of the gated MLP after every mixer, 0 for none; null gives attention one of its own and other mixers none
+    d_mlp: int | None = None
     # mix from both sides: tied shares the projections between the directions (Caduceus), untied shares nothing
     bidirectional: str | None = None
     # read both strands of DNA with the same weights: reverse complement in, reverse complement out (Caduceus-PS)
@@ -214,6 +214,16 @@ class BackboneConfig(Config):
         if not names:
             raise ValueError(f"backbone.pattern: {self.pattern!r} names no mixer")
         return [names[i % len(names)] for i in range(self.n_layers)]
+
+    def mlp_width(self, mixer: str) -> int:
+        """The width of the MLP that follows a mixer of this name, 0 where none does.
+
+        Of its own attention has 8/3 d_model, rounded up to a multiple of 128 as in the reference package: 12 d_model^2
+        weights in all, about those of two layers of Mamba (Mamba, section 3.4).
+        """
+        if self.d_mlp is not None:
+            return self.d_mlp
+        return -(-8 * self.d_model // (3 * 128)) * 128 if mixer == "attention" else 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "backbone") -> Self:
@@ -278,7 +288,8 @@ class UNetConfig(BackboneConfig):
         for name in ("pool", "widen", "stages"):
             del values[name]
         for name in ("d_model", "d_mlp"):
-            values[name] *= self.widen**i
+            if values[name] is not None:
+                values[name] *= self.widen**i
         for name, value in (self.stages[i] if i < len(self.stages) else {}).items():
             values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
         return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
@@ -303,8 +314,8 @@ SIZES: dict[str, dict[str, int | str]] = {
     "mamba-790m": {"d_model": 1536, "n_layers": 48},
     "mamba-1.4b": {"d_model": 2048, "n_layers": 48},
     "mamba-2.8b": {"d_model": 2560, "n_layers": 64},
-    "transformer-125m": {"d_model": 768, "n_layers": 12, "d_mlp": 2048, "pattern": "attention"},
-    "transformer-350m": {"d_model": 1024, "n_layers": 24, "d_mlp": 2736, "pattern": "attention"},
+    "transformer-125m": {"d_model": 768, "n_layers": 12, "pattern": "attention"},
+    "transformer-350m": {"d_model": 1024, "n_layers": 24, "pattern": "attention"},
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mambazoo.checkpoints.hub import FIELDS, KEYS, arguments_from
+from mambazoo.checkpoints.hub import FIELDS, KEYS, arguments_from, config_to
 from mambazoo.checkpoints.io import export, from_pretrained, load, read, save_pretrained
 from mambazoo.datamodules.vocab import train_bpe
 from mambazoo.zoo.config import BackboneConfig
@@ -200,6 +200,13 @@ def test_every_field_of_the_table_is_one_of_the_backbone() -> None:
 def test_what_a_language_model_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         arguments_from(config, "config.json")
+
+
+@pytest.mark.parametrize("d_mlp", [None, 0])
+def test_layers_without_an_mlp_can_be_said_in_every_layout(d_mlp: int | None) -> None:
+    arguments = {"backbone": {"d_model": 16, "n_layers": 1, "d_mlp": d_mlp}, "vocab_size": 20}
+    assert config_to(arguments, "state-spaces", dtype="float32", eos=None)["d_intermediate"] == 0
+    assert config_to(arguments, "transformers", dtype="float32", eos=None)["hidden_size"] == 16
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import yaml
 from mambazoo.checkpoints.io import save_pretrained
 from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
 from mambazoo.datamodules.waveform import Waveform
-from mambazoo.recipes import device
+from mambazoo.recipes import device, results
 from mambazoo.recipes.cli import main
 from mambazoo.recipes.find import ROOT, Recipe, compose, find, packaged
 from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
+from mambazoo.zoo.synthetic import SyntheticTask
 
 TINY = Path(__file__).resolve().parents[1] / "tiny.yaml"
 RECIPES = [recipe for recipe in packaged() if recipe.runs]
@@ -167,6 +168,18 @@ def test_overrides_come_before_interpolation() -> None:
     assert (
         compose(demo, ["trainer.default_root_dir=x"])["callbacks"]["checkpoints"]["folder"] == "x/checkpoints"
     )
+
+
+def test_measured_commands_give_the_models_that_were_measured() -> None:
+    rows = results.read(ROOT.parent / "benchmarks" / "synthetic_h100_202611.jsonl")
+    rows = [row for row in rows if row["recipe"] == "synthetic/mqar"]
+    assert {row["over"]["model.backbone.pattern"] for row in rows} == {"attention", "mamba", "s4d"}
+    for row in rows:
+        config = compose(find(row["recipe"]), [f"{key}={value}" for key, value in row["over"].items()])
+        arguments = {key: value for key, value in config["model"].items() if key != "class_path"}
+        with torch.device("meta"):
+            model = SyntheticTask(**arguments, vocab_size=config["data"]["vocab_size"])
+        assert sum(p.numel() for p in model.parameters()) == row["parameters"]
 
 
 def test_a_size_replaces_the_numbers_it_stands_for(tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(step(x[:, t], state)[0], model(x)[0][:, t])
 
 
+def test_what_adds_to_the_stream_starts_smaller_the_more_there_is() -> None:
+    model = Backbone(
+        BackboneConfig.from_dict({"d_model": 64, "n_layers": 8, "pattern": "lstm*3 + attention"})
+    )
+    # eight mixers and the MLPs of two of them
+    for name, weight in model.named_parameters():
+        if name.endswith(("out_proj.weight", "fc2.weight")):
+            bound = weight.shape[1] ** -0.5 / 10**0.5
+            assert 0.9 * bound < weight.abs().max() <= bound
+
+
 def test_controls_start_and_decay_as_the_rest_of_the_backbone() -> None:
     config = BackboneConfig.from_dict(
         {"d_model": 64, "n_layers": 4, "d_mlp": 96, "pattern": "attention + lstm"}
@@ -117,9 +128,20 @@ def test_the_transformer_of_the_papers_size() -> None:
     config = BackboneConfig.from_dict({"size": "transformer-125m"})
     with torch.device("meta"):
         model = Backbone(config)
-    # 12 layers of 4 d^2 for attention and 8 d^2 for the MLP
+    # 12 layers of 4 d^2 for attention and 8 d^2 for its MLP
     assert sum(p.numel() for p in model.parameters()) == 12 * 12 * 768**2 + 25 * 768
     assert model.layers[0].mixer.heads == 12
+
+
+@pytest.mark.parametrize("d_model", [64, 128, 256, 512, 768, 1024, 2048, 2560])
+def test_a_layer_has_as_many_parameters_as_two_of_mamba(d_model: int) -> None:
+    def parameters(**values: object) -> int:
+        with torch.device("meta"):
+            model = Backbone(BackboneConfig.from_dict({"d_model": d_model, **values}))
+        return sum(p.numel() for p in model.parameters())
+
+    transformer = parameters(n_layers=1, pattern="attention")
+    assert transformer == pytest.approx(parameters(n_layers=2, pattern="mamba"), rel=0.1)
 
 
 def test_widths_that_heads_do_not_divide_are_refused() -> None:

@@ -22,7 +22,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"mamba": {"selective": ["delta"], "dt_rank": 1}},
     {"mamba": {"selective": ["B", "C"], "a_init": "s4d-lin"}},
     {"mamba": {"d_state": 1, "d_conv": 2, "expand": 1}},
+    {"pattern": "attention"},
     {"pattern": "attention", "d_mlp": 48, "attention": {"d_head": 8}},
+    {"pattern": "attention", "d_mlp": 0},
     {"pattern": "mamba*2 + attention", "attention": {"window": 6}},
     {"pattern": "lstm"},
 ]

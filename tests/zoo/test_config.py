@@ -59,6 +59,27 @@ def test_a_pattern_fills_the_layers() -> None:
     assert BackboneConfig(n_layers=5, pattern="mamba*2 + mamba").mixers == ["mamba"] * 5
 
 
+def test_attention_has_its_mlp_unless_something_else_is_said() -> None:
+    def widths(**values: object) -> list[int]:
+        config = BackboneConfig.from_dict(
+            {"d_model": 64, "n_layers": 4, "pattern": "mamba*3 + attention", **values}
+        )
+        assert BackboneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        return [config.mlp_width(mixer) for mixer in config.mixers]
+
+    assert widths() == widths(d_mlp=None) == [0, 0, 0, 256]
+    assert widths(d_mlp=0) == [0, 0, 0, 0]
+    assert widths(d_mlp=96) == [96, 96, 96, 96]
+    assert widths(pattern="s4d + lstm") == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("d_model", "width"), [(1, 128), (48, 128), (49, 256), (768, 2048), (1024, 2816), (2048, 5504)]
+)
+def test_the_width_of_an_mlp_is_that_of_the_reference_package(d_model: int, width: int) -> None:
+    assert BackboneConfig(d_model=d_model).mlp_width("attention") == width
+
+
 def test_a_size_is_a_start_that_other_values_override() -> None:
     config = BackboneConfig.from_dict({"size": "mamba-130m", "n_layers": 2})
     assert (config.d_model, config.n_layers) == (768, 2)

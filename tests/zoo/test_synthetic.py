@@ -161,6 +161,8 @@ def test_induction_heads_are_learnt_for_all_lengths_but_not_by_a_model_that_does
 @pytest.mark.filterwarnings("ignore")
 def test_recall_is_learnt_by_a_hybrid() -> None:
     data = AssociativeRecallDataModule(length=24, pairs=4, vocab_size=16, batch_size=32, held_out_rows=256)
-    backbone = {"d_model": 32, "n_layers": 2, "pattern": "mamba + attention", "attention": {"d_head": 16}}
+    backbone = {
+        "d_model": 32, "n_layers": 2, "pattern": "mamba + attention", "attention": {"d_head": 16}, "d_mlp": 0,
+    }  # fmt: skip
     found = learn(data, backbone, 120, 5e-3)
     assert found["test/accuracy"] > 0.97

@@ -152,6 +152,14 @@ def test_stages_are_as_wide_and_mixed_as_said() -> None:
     assert [len(blocks.layers) for blocks in model.stages] == [8, 8, 2, 8, 8]
 
 
+def test_attention_inside_has_its_mlp() -> None:
+    config = BackboneConfig.from_dict(
+        {"d_model": 48, "n_layers": 1, "pool": [4], "stages": [{}, {"pattern": "attention"}]}
+    )
+    assert isinstance(config, UNetConfig)
+    assert [config.stage(i).mlp_width(mixer) for i, mixer in enumerate(("mamba", "attention"))] == [0, 256]
+
+
 @pytest.mark.parametrize(
     ("values", "published"),
     [
