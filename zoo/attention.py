@@ -1,4 +1,4 @@
-"""The mixer of Transformers, the control beside the selective one: softmax attention over what came before.
+"""The mixer of Transformers, the control beside the selective one: softmax attention, to what came before or all round.
 
     q, k, v = in(x);   y = out(softmax(q k^T / sqrt(d_head)) v), with q and k turned by their places (RoPE, 2104.09864)
 
@@ -6,10 +6,12 @@ With the gated MLP that a block gives it (BackboneConfig.mlp_width) this is the 
 (appendix E.2.1). The keys and values of the last `window` tokens are the state, so that it has one size from the start:
 whatever hands a state on, in parts of a sequence or token by token, treats attention as any other mixer. No token sees
 further back than that.
+
+Where a backbone is bidirectional attention does not look twice, once in each direction: one pass sees both sides.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels.sequences import boundaries
 from .config import AttentionConfig
 from .mamba import full
-from .mixer import Mixer
+from .mixer import Mixer, refuse_a_state
 
 
 class AttentionState(NamedTuple):
@@ -59,14 +61,19 @@ class Attention(Mixer):
         self, projected: Tensor, *, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, AttentionState | None]:
         qkv = projected.unflatten(-1, (3, self.heads, self.d_head)).permute(2, 0, 3, 1, 4)
-        if cu_seqlens is None:
-            y, state = self._attend(qkv, state)
-        elif state is None and torch.compiler.is_compiling():
-            # a compiler cannot read where sequences begin
-            y = self._attend_at_once(qkv, cu_seqlens)
-        else:
-            y, state = self._attend_one_by_one(qkv, state, cu_seqlens)
+        y, state = self._look(qkv, state, cu_seqlens)
         return y.transpose(1, 2).flatten(2), state
+
+    def _look(
+        self, qkv: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, AttentionState | None]:
+        """What tokens (3, b, h, l, d_head) see, (b, h, l, d_head), and the state after them."""
+        if cu_seqlens is None:
+            return self._attend(qkv, state)
+        if state is None and torch.compiler.is_compiling():
+            # a compiler cannot read where sequences begin
+            return self._attend_at_once(qkv, cu_seqlens), None
+        return self._attend_one_by_one(qkv, state, cu_seqlens)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, 1, self.d_head)).unbind(1)
@@ -143,10 +150,65 @@ class Attention(Mixer):
         """The same by a mask (l, l) of who is of one sequence."""
         q, k, v = qkv
         places = torch.arange(q.shape[2], device=q.device)
-        sequence = torch.searchsorted(cu_seqlens, places, right=True)
         back = places[:, None] - places
-        seen = (back >= 0) & (back < self.window) & (sequence[:, None] == sequence)
+        seen = (back >= 0) & (back < self.window) & _together(places, cu_seqlens)
         return F.scaled_dot_product_attention(_turn(q, places), _turn(k, places), v, attn_mask=seen)
+
+
+class BidirectionalAttention(Attention):
+    """Attention to both sides at once, without a mask where the window holds a sequence: the encoder of Transformers.
+
+    A token sees as many others ahead as back. It sees the future, so that there is no state and no step.
+    """
+
+    def step(self, x: Tensor, state: AttentionState) -> NoReturn:
+        refuse_a_state()
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> NoReturn:
+        refuse_a_state()
+
+    def _look(
+        self, qkv: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, None]:
+        if state is not None:
+            refuse_a_state()
+        q, k, v = qkv
+        places = torch.arange(q.shape[2], device=q.device)
+        # only distances count, so that a place in the row does for one in its sequence
+        q, k = _turn(q, places), _turn(k, places)
+        if cu_seqlens is None:
+            return self._see(q, k, v), None
+        if torch.compiler.is_compiling():
+            seen = ((places[:, None] - places).abs() < self.window) & _together(places, cu_seqlens)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen), None
+        parts = [
+            self._see(*(x[:, :, start:end] for x in (q, k, v)))
+            for start, end in pairwise(boundaries(cu_seqlens, q.shape[2]))
+            if start < end
+        ]
+        return torch.cat(parts, 2) if parts else v, None
+
+    def _see(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What tokens of one sequence (b, h, l, d_head) see of each other; of a long one, some tokens at a time."""
+        l, window = q.shape[2], self.window
+        if l <= window:
+            return F.scaled_dot_product_attention(q, k, v)
+        places, parts = torch.arange(l, device=q.device), []
+        for start in range(0, l, self.PART):
+            end = min(start + self.PART, l)
+            near = slice(max(0, start - window + 1), end + window - 1)
+            seen = (places[start:end, None] - places[near]).abs() < window
+            rows = (q[:, :, start:end], k[:, :, near], v[:, :, near])
+            parts.append(F.scaled_dot_product_attention(*rows, attn_mask=seen))
+        return torch.cat(parts, 2)
+
+
+def _together(places: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Which of the places (l,) of a row are of one sequence, (l, l)."""
+    sequence = torch.searchsorted(cu_seqlens, places, right=True)
+    return sequence[:, None] == sequence
 
 
 def _turn(x: Tensor, places: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Mixing from both sides: any mixer over the sequence, and a second one over its reverse, added.
+"""Mixing from both sides: a mixer of what came before over the sequence, and a second one over its reverse, added.
 
     y = mix(x) + reverse(mix'(reverse(x)))        (BiMamba; Caduceus, 2403.03234, section 3.1)
 
 A row that packs sequences is reversed as a whole: they come last to first then, each of them from its end, within
-boundaries that are mirrored. So the kernels need to know no second direction.
+boundaries that are mirrored. So the kernels need to know no second direction. Attention needs none of this: it sees
+both sides at once (attention.py).
 """
 
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.sequences import mirrored
-from .mixer import Mixer
+from .mixer import Mixer, refuse_a_state
 
 
 class Bidirectional(Mixer):
@@ -33,7 +34,7 @@ class Bidirectional(Mixer):
         self, x: Tensor, *, state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, None]:
         if state is not None:
-            self._refuse_a_state()
+            refuse_a_state()
         bounds = None if cu_seqlens is None else mirrored(cu_seqlens, x.shape[1])
         ahead, back = self.left_to_right, self.right_to_left
         if not self.tied:
@@ -44,12 +45,9 @@ class Bidirectional(Mixer):
         return ahead.out_proj(y + reverse.flip(1)), None
 
     def step(self, x: Tensor, state: Any) -> NoReturn:
-        self._refuse_a_state()
+        refuse_a_state()
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> NoReturn:
-        self._refuse_a_state()
-
-    def _refuse_a_state(self) -> NoReturn:
-        raise ValueError("a bidirectional mixer sees the future and has no state: give it whole sequences")
+        refuse_a_state()

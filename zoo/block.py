@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, BidirectionalAttention
 from .bidirectional import Bidirectional
 from .config import BackboneConfig
 from .lstm import LSTM
@@ -20,6 +20,8 @@ def build_mixer(name: str, config: BackboneConfig) -> Mixer:
     """The mixer that a backbone's pattern calls `name`."""
     if config.bidirectional is None:
         return _build_one(name, config)
+    if name == "attention":
+        return BidirectionalAttention(config.d_model, config.attention)
     tied = config.bidirectional == "tied"
     return Bidirectional(_build_one(name, config), _build_one(name, config), tied=tied)
 

@@ -126,7 +126,8 @@ class AttentionConfig(Config):
 
     # channels of a head; a narrower model has one head
     d_head: int = 64
-    # how many tokens back one sees, itself included; a state has room for as many from the start
+    # how many tokens back one sees, itself included; a state has room for as many from the start. Where the backbone is
+    # bidirectional, as many ahead
     window: int = 4096
 
     def __post_init__(self) -> None:
@@ -158,7 +159,8 @@ class BackboneConfig(Config):
     pattern: str = "mamba"
     # width of the gated MLP after every mixer, 0 for none; null gives attention one of its own and other mixers none
     d_mlp: int | None = None
-    # mix from both sides: tied shares the projections between the directions (Caduceus), untied shares nothing
+    # mix from both sides: tied shares the projections between the directions (Caduceus), untied shares nothing; either
+    # way attention is one mixer, which looks to both sides at once
     bidirectional: str | None = None
     # read both strands of DNA with the same weights: reverse complement in, reverse complement out (Caduceus-PS)
     reverse_complement: bool = False

@@ -1,12 +1,17 @@
 """The one face of everything that mixes along time."""
 
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+def refuse_a_state() -> NoReturn:
+    """What a mixer that sees both sides does when it is asked for a state, or for a step from one."""
+    raise ValueError("a bidirectional mixer sees the future and has no state: give it whole sequences")
 
 
 class Mixer(nn.Module):

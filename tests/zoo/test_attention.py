@@ -1,14 +1,19 @@
-"""The control that keeps all it has seen: against attention written out, within its window, at any place."""
+"""The control that keeps all it has seen: against attention written out, within its window, at any place, both ways."""
+
+from itertools import pairwise
 
 import pytest
 import torch
 from mambazoo.checkpoints.io import from_pretrained, save_pretrained
-from mambazoo.zoo.attention import Attention
+from mambazoo.zoo.attention import Attention, BidirectionalAttention
 from mambazoo.zoo.backbone import Backbone
+from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.config import AttentionConfig, BackboneConfig
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.lstm import LSTM
 from mambazoo.zoo.optim import cast, decays
+
+KINDS = pytest.mark.parametrize("kind", [Attention, BidirectionalAttention])
 
 
 def written_out(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -23,14 +28,16 @@ def written_out(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
     q, k = (torch.complex(a[..., :half], a[..., half:]) * turns for a in (q, k))
     scores = torch.einsum("bthd,bshd->bhts", q, k.conj()).real / mixer.d_head**0.5
     back = torch.arange(l)[:, None] - torch.arange(l)
-    scores = scores.masked_fill((back < 0) | (back >= mixer.window), float("-inf"))
+    distance = back.abs() if isinstance(mixer, BidirectionalAttention) else back
+    scores = scores.masked_fill((distance < 0) | (distance >= mixer.window), float("-inf"))
     return mixer.out_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
 
 
+@KINDS
 @pytest.mark.parametrize("window", [1, 7, 30, 31, 64])
 @pytest.mark.parametrize("d_head", [4, 12])
-def test_it_is_attention_gradients_too(window: int, d_head: int) -> None:
-    mixer = Attention(12, AttentionConfig(d_head=d_head, window=window)).double()
+def test_it_is_attention_gradients_too(kind: type[Attention], window: int, d_head: int) -> None:
+    mixer = kind(12, AttentionConfig(d_head=d_head, window=window)).double()
     x = torch.randn(2, 31, 12, dtype=torch.float64, requires_grad=True)
     found, expected, weight = mixer(x)[0], written_out(mixer, x), torch.randn(2, 31, 12).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -40,12 +47,15 @@ def test_it_is_attention_gradients_too(window: int, d_head: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("window", [3, 20])
 @torch.no_grad()
-def test_a_long_part_is_read_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_part_is_read_some_tokens_at_a_time(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attention, "PART", 4)
-    mixer, x = Attention(16, AttentionConfig(d_head=8, window=20)).double(), torch.randn(2, 31, 16).double()
+    config, x = AttentionConfig(d_head=8, window=window), torch.randn(2, 31, 16).double()
+    mixer, both = Attention(16, config).double(), BidirectionalAttention(16, config).double()
     y, _ = mixer(x, state=mixer.init_state(2))
     torch.testing.assert_close(y, written_out(mixer, x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(both(x)[0], written_out(both, x), rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -78,13 +88,87 @@ def test_weights_of_16_bits_step_as_they_read() -> None:
         torch.testing.assert_close(rows, model(x)[0], rtol=0.05, atol=0.05)
 
 
+@KINDS
+@pytest.mark.parametrize("window", [4, 64])
+def test_packed_sequences_equal_each_alone_gradients_too(kind: type[Attention], window: int) -> None:
+    mixer = kind(16, AttentionConfig(d_head=8, window=window)).double()
+    x, weight = torch.randn(1, 19, 16).double().requires_grad_(), torch.randn(1, 19, 16).double()
+    bounds = [0, 0, 5, 6, 6, 19, 19]
+    packed, _ = mixer(x, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    alone = torch.cat([mixer(x[:, a:b])[0] for a, b in pairwise(bounds) if a < b], 1)
+    torch.testing.assert_close(packed, alone)
+    inputs = [x, *mixer.parameters()]
+    pairs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (packed, alone))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bidirectional", ["tied", "untied"])
+def test_both_sides_are_seen_in_one_pass(bidirectional: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"d_model": 16, "n_layers": 1, "pattern": "attention", "attention": {"d_head": 8}}
+    model = Backbone(BackboneConfig.from_dict({**values, "bidirectional": bidirectional})).double()
+    causal = Backbone(BackboneConfig.from_dict(values))
+    assert model.state_dict().keys() == causal.state_dict().keys()
+    passes, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda *rows, **options: passes.append(options) or attend(*rows, **options),
+    )
+    x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
+    y, state = model(x)
+    assert state is None
+    assert passes == [{}]
+    for t in range(9):
+        (seen,) = torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)
+        assert (seen[0].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("pattern", ["attention", "mamba + attention"])
+@torch.no_grad()
+def test_padding_moves_no_class(pattern: str) -> None:
+    backbone = {"d_model": 16, "n_layers": 2, "pattern": pattern, "attention": {"d_head": 8}}
+    model = SequenceClassifier({**backbone, "bidirectional": "tied"}, vocab_size=9, num_classes=3).eval()
+    tokens, lengths = torch.randint(9, (3, 13)), torch.tensor([13, 5, 1])
+    logits = model(tokens, lengths)
+    for row, length, found in zip(tokens, lengths.tolist(), logits, strict=True):
+        torch.testing.assert_close(model(row[None, :length])[0], found, rtol=1e-5, atol=1e-5)
+    tokens[1, 5:] = 0
+    torch.testing.assert_close(model(tokens, lengths), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_there_is_no_state_where_both_sides_are_seen() -> None:
+    mixer, x = BidirectionalAttention(16, AttentionConfig(d_head=8)), torch.randn(1, 5, 16)
+    state = Attention(16, AttentionConfig(d_head=8)).init_state(1)
+    for call in (
+        lambda: mixer.init_state(1),
+        lambda: mixer.step(x[:, 0], state),
+        lambda: mixer(x, state=state),
+    ):
+        with pytest.raises(ValueError, match="give it whole sequences"):
+            call()
+
+
+def test_autocast_keeps_close_where_both_sides_are_seen() -> None:
+    values = {"d_model": 32, "n_layers": 3, "pattern": "attention", "bidirectional": "tied"}
+    model, x = Backbone(BackboneConfig.from_dict(values)), torch.randn(1, 40, 32)
+    bounds = torch.tensor([0, 11, 40], dtype=torch.int32)
+    expected, _ = model(x, cu_seqlens=bounds)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = model(x, cu_seqlens=bounds)
+    assert (y.float() - expected).abs().max() < 0.05
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_compiles_as_one_graph() -> None:
-    model, x = Attention(16, AttentionConfig(d_head=8, window=7)), torch.randn(1, 11, 16)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for bounds in (None, torch.tensor([0, 4, 4, 11], dtype=torch.int32)):
-        torch.testing.assert_close(compiled(x, cu_seqlens=bounds)[0], model(x, cu_seqlens=bounds)[0])
+    config, x = AttentionConfig(d_head=8, window=7), torch.randn(1, 11, 16)
+    for model in (Attention(16, config), BidirectionalAttention(16, config)):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for bounds in (None, torch.tensor([0, 4, 4, 11], dtype=torch.int32)):
+            torch.testing.assert_close(compiled(x, cu_seqlens=bounds)[0], model(x, cu_seqlens=bounds)[0])
+    model = Attention(16, config)
     step, state = torch.compile(model.step, fullgraph=True, backend="aot_eager"), model.init_state(1)
     for t in range(11):
         torch.testing.assert_close(step(x[:, t], state)[0], model(x)[0][:, t])
