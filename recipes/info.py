@@ -88,14 +88,22 @@ def _rows(config: "BackboneConfig", tokens: int) -> "Iterator[tuple[BackboneConf
         yield from [(config.stage(i), length)] * (2 if i < len(config.pool) else 1)
 
 
-def _layer(row: "BackboneConfig", tokens: int, activation_bytes: int) -> int:
+def _layer(row: "BackboneConfig", mixer: str, tokens: int, activation_bytes: int) -> int:
     """What a layer keeps for the backward beside the stream, in bytes."""
-    d_inner = row.mamba.expand * row.d_model
-    # the norm's output, both halves of in_proj, and the scan's input, step and output, for each direction
-    directions = 1 if row.bidirectional is None else 2
-    # one block's B and C are next to nothing
-    matrices = 2 * row.mamba.d_state * (row.mamba.heads - 1)
-    return _strands(row) * tokens * activation_bytes * (row.d_model + (5 * d_inner + matrices) * directions)
+    d, d_inner, width = row.d_model, row.mamba.expand * row.d_model, row.mlp_width(mixer)
+    if mixer == "attention":
+        # the norm's output, q, k and v, q and k turned, and what is seen, once by head and once by token
+        numbers = 8 * d
+    else:
+        # the norm's output, both halves of in_proj, and the scan's input, step and output, for each direction
+        directions = 1 if row.bidirectional is None else 2
+        # one block's B and C are next to nothing
+        matrices = 2 * row.mamba.d_state * (row.mamba.heads - 1)
+        numbers = d + (5 * d_inner + matrices) * directions
+    if width:
+        # the norm's output, both halves of fc1, the gate and the product
+        numbers += d + 4 * width
+    return _strands(row) * tokens * activation_bytes * numbers
 
 
 def _stream(row: "BackboneConfig", tokens: int) -> int:
@@ -109,8 +117,9 @@ def _strands(row: "BackboneConfig") -> int:
 
 def _kept(row: "BackboneConfig", tokens: int, activation_bytes: int) -> int:
     """What a row of blocks keeps for the backward, in bytes."""
-    layers = 1 if row.checkpoint_activations else row.n_layers
-    return _layer(row, tokens, activation_bytes) * layers + _stream(row, tokens) * row.n_layers
+    layers = [_layer(row, mixer, tokens, activation_bytes) for mixer in row.mixers]
+    kept = max(layers) if row.checkpoint_activations else sum(layers)
+    return kept + _stream(row, tokens) * sum(2 if row.mlp_width(mixer) else 1 for mixer in row.mixers)
 
 
 def inference_memory(model: "Task", config: "BackboneConfig", tokens: int, activation_bytes: int) -> float:
@@ -118,8 +127,17 @@ def inference_memory(model: "Task", config: "BackboneConfig", tokens: int, activ
     weights = activation_bytes * sum(p.numel() for p in model.parameters())
     state, layers = 0, []
     for row, length in _rows(config, -(-tokens // model.hparams.get("patch", 1))):
-        mamba = row.mamba
-        channel = 4 * mamba.d_state + activation_bytes * (mamba.d_conv - 1)
-        state += row.n_layers * mamba.expand * row.d_model * channel
-        layers.append(_layer(row, length, activation_bytes) + _stream(row, length))
+        for mixer in row.mixers:
+            state += _state(row, mixer, activation_bytes)
+            layers.append(_layer(row, mixer, length, activation_bytes) + _stream(row, length))
     return weights + state + max(layers)
+
+
+def _state(row: "BackboneConfig", mixer: str, activation_bytes: int) -> int:
+    """What a layer remembers of a sequence, in bytes."""
+    if not row.causal:
+        return 0
+    if mixer == "attention":
+        return 2 * row.attention.window * row.d_model * activation_bytes
+    mamba = row.mamba
+    return mamba.expand * row.d_model * (4 * mamba.d_state + activation_bytes * (mamba.d_conv - 1))
