@@ -20,6 +20,8 @@ from .launch import FINETUNE, PRETRAINED, Launch, import_class
 
 log = logging.getLogger(__name__)
 
+# what beside a backbone decides which weights a model has
+_OF_SHAPE = ("tie_embeddings", "patch")
 # what makes a code of sound what it is
 _OF_SOUND = ("sample_rate", "encoding")
 
@@ -54,8 +56,9 @@ class Start:
         place = str(self.stored.place) if Path(self.name).expanduser().exists() else self.name
         model, data, arguments = dict(config["model"]), dict(config.get("data") or {}), self.stored.arguments
         model["backbone"] = complete_backbone(model.get("backbone") or {}, arguments.get("backbone", {}))
-        if "tie_embeddings" in arguments and _takes(model, "tie_embeddings"):
-            model.setdefault("tie_embeddings", arguments["tie_embeddings"])
+        for key in _OF_SHAPE:
+            if key in arguments and _takes(model, key):
+                model.setdefault(key, arguments[key])
         vocabulary = self.stored.vocabulary
         of_text = vocabulary is not None and vocabulary["kind"] in ("bytes", "subwords")
         if vocabulary and of_text and "tokenizer" not in data and _takes(data, "tokenizer"):
@@ -80,7 +83,8 @@ class Start:
             result = transfer(launch.model, self.stored.weights, tokens)
         except ValueError as error:
             raise ValueError(
-                f"model.{PRETRAINED}: {self.name}, a {kind}, does not fit; leave model.backbone out to have its own\n"
+                f"model.{PRETRAINED}: {self.name}, a {kind}, does not fit; leave out model.backbone, "
+                "or what else is of its shape, to have its own\n"
                 f"{error}"
             ) from None
         finetuning = launch.callback(FineTuning)

@@ -288,7 +288,8 @@ def test_a_model_that_does_not_fit_is_shown_by_part(mambazoo: Command, base: Pat
             line.removeprefix("mambazoo: ") for line in err.splitlines() if line.startswith("mambazoo: ")
         ]
         assert lines[0] == (
-            f"model.pretrained: {base}, a LanguageModel, does not fit; leave model.backbone out to have its own"
+            f"model.pretrained: {base}, a LanguageModel, does not fit; leave out model.backbone, or what else is of "
+            "its shape, to have its own"
         )
         assert lines[1].split() == ["embedding", "loaded", "1", "tensor,", "4,224", "parameters"]
         assert "backbone.layers.2.mixer.A_log is (32, 16) here and is not there" in lines[2]
@@ -349,7 +350,7 @@ def test_a_model_of_sound_hears_what_it_was_trained_on(
     assert code == 0
     assert "heard heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err
     # a model of samples has no vocabulary to compare
-    classifier = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2)
+    classifier = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2, patch=8)
     save_pretrained(classifier, Waveform("float", 8000).to_dict(), tmp_path / "raw")
     given = ("audio/finetune", "model.pretrained=raw", *given[2:])
     code, out, err = mambazoo("check", *given, "data.sample_rate=4000")
