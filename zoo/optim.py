@@ -2,11 +2,14 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimizerConfig
+from .ranks import sum_over_ranks
 
 # of the state space itself: no decay pulls them to zero, and low precision would change what is remembered
 STATE_SPACE = ("A_log", "A_imag", "B_bias", "D", "dt_bias", "dt_proj.bias")
@@ -99,3 +102,20 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if not is_state_space(name):
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients down to a norm of `limit`, and return the norm that they had.
+
+    Those that are sharded over all ranks are taken as the tensors that this rank has of them: the arithmetic of DTensor
+    takes the host longer than a GPU takes for a step of a small model. Every rank has to call it then.
+    """
+    trained = list(parameters)
+    if not any(isinstance(p, DTensor) for p in trained):
+        return torch.nn.utils.clip_grad_norm_(trained, limit)
+    given = [p.grad for p in trained if p.grad is not None]
+    gradients = [x.to_local() if isinstance(x, DTensor) else x for x in given]
+    norm = sum_over_ranks(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
+    if limit < math.inf:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
+    return norm

@@ -26,7 +26,7 @@ from .shards import FOLDER, host_copy, part_name, remove_unnamed, split
 
 KINDS = ("whole", "sharded")
 # parameters that are gathered at once, where a block has fewer: the less often, the less small models wait
-TOGETHER = 1 << 22
+TOGETHER = 1 << 24
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 

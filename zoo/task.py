@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .config import Config, OptimizerConfig
-from .optim import build_optimizer
+from .optim import build_optimizer, clip_gradients
 from .ranks import mean_over_ranks
 
 Batch = Mapping[str, Tensor]
@@ -88,10 +87,7 @@ class Task(L.LightningModule):
             raise ValueError(
                 "trainer.gradient_clip_algorithm: gradients are clipped by their norm; leave it out"
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
-        if isinstance(norm, DTensor):
-            # of parameters that are sharded: every rank needs the norm of them all, and decides alike
-            norm = norm.full_tensor()
+        norm = clip_gradients(self.parameters(), gradient_clip_val or float("inf"))
         loss = mean_over_ranks(torch.stack(self._losses).mean())
         self._losses.clear()
         self._guard(optimizer, norm)
