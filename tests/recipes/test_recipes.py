@@ -384,9 +384,9 @@ def test_mamba_is_timed_beside_attention(monkeypatch: pytest.MonkeyPatch) -> Non
     by_shape = {(row["name"], row["shape"]): row["value"] for row in rows}
     for row in rows:
         if row["name"] == "other":
-            # the ratio is written with two decimals
+            # rates are written with one decimal, the ratio with two
             ratio = by_shape["mamba-130m", row["shape"]] / row["value"]
-            assert row["times"] == pytest.approx(ratio, abs=0.0051)
+            assert row["times"] == pytest.approx(ratio, abs=0.0051, rel=0.02)
     table = bench.table(rows)
     assert table.count("the scan is") == 4
     assert table.count("mamba-130m is") == 2

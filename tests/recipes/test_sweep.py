@@ -308,7 +308,7 @@ def test_of_several_published_tables_the_one_that_varies_the_same_is_shown() -> 
     assert claims({n: 1}, {n: 16}) == [[9.73], [8.71, 9.4, 9.09, 8.84]]
     assert claims({n: 1, chosen: ["delta"]}, {n: 16, chosen: ["delta", "B", "C"]}) == [
         [9.88],
-        [8.71, 9.81, 9.73, 9.4, 9.09, 8.84],
+        [8.71, 10.93, 9.81, 9.73, 9.4, 9.09, 8.84],
     ]
     assert claims({chosen: []}, {chosen: ["delta", "B", "C"]})[0] == [10.93]
     complex_, real = {"pattern": "s4d"}, {"pattern": "s4d", "s4d": {"a_init": "s4d-real"}}
