@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .launchers import tie_ranks
+
 # what each verb that takes a recipe or a run and key=value overrides does
 _TRAINING = {
     "fit": "train a recipe: mambazoo fit language/demo trainer.max_steps=1000",
@@ -97,6 +99,8 @@ def _run(given: list[str]) -> int:
     if options.verb in modules:
         return modules[options.verb].run(options)
     if options.verb in _TRAINING:
+        # before what takes long to import
+        tie_ranks()
         logging.basicConfig(format="%(message)s")
         from . import train
 

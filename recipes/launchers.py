@@ -1,10 +1,42 @@
-"""Ranks that something else has started, torchrun or SLURM, and what they agree on before there is a trainer."""
+"""Who started the ranks of a run, torchrun, SLURM or this command, and what they agree on before there is a trainer."""
 
+import contextlib
+import ctypes
 import functools
 import os
+import signal
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+# the ranks that this command starts find its process here, which is the first of them
+_STARTER = "MAMBAZOO_STARTER"
+
+
+def tie_ranks() -> None:
+    """Have no rank outlive the process that started it, whatever ends that, and at whatever moment.
+
+    Called first in every process of a run: until it trains, a signal ends it without a word to the ranks it started,
+    which would wait for it half an hour. The system kills them instead (Linux; elsewhere they find out by themselves).
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[_STARTER] = str(os.getpid())
+        return
+    parent = starter()
+    if parent is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(ctypes.c_int(1), ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        # it ended before this one could ask to be told
+        sys.exit(1)
+
+
+def starter() -> int | None:
+    """The process that started this rank and is the first itself; None where that was not this command."""
+    started = int(os.environ.get("LOCAL_RANK", 0)) > 0 and _STARTER in os.environ and cluster() is None
+    return int(os.environ[_STARTER]) if started else None
 
 
 def cluster() -> Any:

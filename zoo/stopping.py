@@ -25,6 +25,11 @@ class GracefulStop(L.Callback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Lightning's own, which it installs between here and the start of training, would have the ranks talk to each
+        # other wherever the signal finds them
+        trainer._signal_connector._sigterm_notifier_fn = self._handle  # type: ignore[assignment, method-assign]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning puts the handlers of before back when the run ends
         for number in _ASKED_TO_STOP:
@@ -47,7 +52,7 @@ class GracefulStop(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         # the checkpoint before this validation is on disk, and a resumed run validates anew
-        if trainer.state.fn == "fit" and (number := most_over_ranks(self.received or 0)):
+        if number := most_over_ranks(self.received or 0):
             self.received = signal.Signals(number)
             raise StoppedError
 

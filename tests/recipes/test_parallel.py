@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,64 @@ def test_sharded_runs_stop_at_any_ranks_signal_and_go_on_with_any_number(
     path, problems = newest_checkpoint(checkpoints)
     assert path.name == "previous.ckpt"
     assert part.name in problems[0]
+
+
+# ranks that the command starts itself, all in a session of their own
+LAUNCHES = """
+import os, sys
+from lightning.pytorch.strategies.launchers import subprocess_script
+os.setsid()
+subprocess_script._basic_subprocess_cmd = lambda: [sys.executable, "-m", "mambazoo", *sys.argv[1:]]
+"""
+counts_processes = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+
+
+def alive(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(true: Callable[[], object], output: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not true():
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.01)
+
+
+@counts_processes
+@pytest.mark.parametrize("moment", ["the other starts", "the other imports", "both set up"])
+def test_a_signal_before_the_first_step_leaves_no_process(
+    folder: Path, recipes: dict[str, Path], moment: str
+) -> None:
+    place = folder / moment.replace(" ", "-")
+    arguments = ("trainer.devices=2", "trainer.strategy=ddp", "data.num_workers=1")
+    started = Run(place, 1, "fit", str(recipes["genomics"]), *arguments, before=LAUNCHES)
+    [first] = started.processes
+
+    def others() -> list[int]:
+        return [pid for pid in alive(first.pid) if pid != first.pid]
+
+    def reached() -> bool:
+        if moment == "both set up":
+            return any((place / "runs/genomics/1").glob("events.*"))
+        found = others()
+        return bool(found) and (moment == "the other starts" or "libtorch" in maps(found[0]))
+
+    def maps(pid: int) -> str:
+        return Path(f"/proc/{pid}/maps").read_text()
+
+    wait_until(reached, started.output)
+    os.kill(first.pid, signal.SIGTERM)
+    first.join(90)
+    # by the signal itself, or by the command after its step; a shell says 143 of either
+    assert first.exitcode in (-signal.SIGTERM, 143), started.output.read_text()
+    wait_until(lambda: not alive(first.pid), started.output)
 
 
 def test_sharded_runs_refuse_statistics_of_one_rank(folder: Path, recipes: dict[str, Path]) -> None:
