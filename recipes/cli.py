@@ -1,6 +1,6 @@
 """The command `mambazoo VERB ...`. Verbs that only read recipes start without PyTorch.
 
-Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong, 128 + n stopped by signal n.
+Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong, 75 a rank was stuck, 128 + n stopped by signal n.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoints.io import read, save
 from ..checkpoints.remote import TOKENIZER
 from ..zoo.finetune import FineTuning
+from ..zoo.heartbeat import Heartbeat
 from ..zoo.journal import rewind_journal
 from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
@@ -19,7 +20,7 @@ from ..zoo.throughput import Throughput
 from .find import TESTED, Recipe, compose, find, flat
 from .finetune import Start, complete_backbone, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
-from .launchers import first_says, is_first
+from .launchers import first_says, is_first, starter
 from .runs import draw, latest_run, make_run, record, summarise, surroundings
 
 # the callbacks that a run without training needs
@@ -165,6 +166,8 @@ def _train(
     trainer = launch.trainer
     if trainer.strategy.root_device.type == "cpu":
         reuse_memory()
+    if heartbeat := launch.callback(Heartbeat):
+        heartbeat.starter = starter()
     stopping = launch.callback(GracefulStop)
     checkpoints = launch.callback(Checkpoints)
     with quiet():

@@ -1,6 +1,8 @@
 """What the ranks of a run tell each other beside gradients: sums, decisions, states. One process is one rank."""
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -66,6 +68,23 @@ def together(act: Callable[[], Any]) -> None:
             problem = OSError(*failed)
     if problem is not None:
         raise problem
+
+
+def table(name: str) -> Any:
+    """A table of texts that all ranks read and write, by the connection of this call: no collective waits for it."""
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+    )
+    # torchrun keeps its own when it starts the ranks again
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"mambazoo/{name}/{again}", store)  # type: ignore[attr-defined]
+
+
+def wait_at_most(seconds: float) -> None:
+    """How long this rank waits for others in a collective, of whichever group; every rank has to say so."""
+    _host_group()
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _host_group() -> Any:

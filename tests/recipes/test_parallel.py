@@ -21,6 +21,7 @@ import torch
 import yaml
 from mambazoo.checkpoints.io import from_pretrained
 from mambazoo.zoo.genomics import GenomeModel
+from mambazoo.zoo.heartbeat import EXIT_CODE
 from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
 
 STEPS = 16
@@ -343,6 +344,70 @@ def test_a_signal_before_the_first_step_leaves_no_process(
     # by the signal itself, or by the command after its step; a shell says 143 of either
     assert first.exitcode in (-signal.SIGTERM, 143), started.output.read_text()
     wait_until(lambda: not alive(first.pid), started.output)
+
+
+# so that a run is not over before it is stopped
+SLOW = """
+import time
+from mambazoo.datamodules.base import Ordered
+read = Ordered.__getitem__
+def slowly(self, number):
+    time.sleep(0.02)
+    return read(self, number)
+Ordered.__getitem__ = slowly
+"""
+
+
+@counts_processes
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_was_stopped_is_named_and_the_run_goes_on(
+    folder: Path, recipes: dict[str, Path], whole: dict[tuple[str, int], Path], rank: int
+) -> None:
+    place = folder / f"stopped-{rank}"
+    arguments = options(2, "trainer.strategy=ddp", "callbacks.heartbeat.timeout=4")
+    started = Run(place, 1, "fit", str(recipes["genomics"]), *arguments, before=LAUNCHES + SLOW)
+    run, [first] = place / "runs" / "genomics" / "1", started.processes
+    started.wait_for_step(run, 1)
+    # the command itself is the first rank, and started the other
+    [other] = [pid for pid in alive(first.pid) if pid != first.pid]
+    started.wait_for_step(run, 5)
+    os.kill(other if rank else first.pid, signal.SIGSTOP)
+    text = started.finish(-signal.SIGKILL if rank == 0 else EXIT_CODE)
+    assert f"mambazoo: rank {rank} on {socket.gethostname()} has not been heard of for 4 s" in text
+    assert text.rstrip().endswith("mambazoo resume runs/genomics/1")
+    wait_until(lambda: not alive(first.pid), started.output)
+    if rank == 1:
+        Run(place, 2, "resume", str(run)).finish()
+        assert_same(run, whole["genomics", 2])
+
+
+# data of the second rank that never comes
+ASLEEP = """
+import os, time
+from mambazoo.datamodules.base import Ordered
+read = Ordered.__getitem__
+def wait(self, number):
+    if os.environ["RANK"] == "1" and number >= 40:
+        time.sleep(1000)
+    return read(self, number)
+Ordered.__getitem__ = wait
+"""
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=at_length) for name in ("fsdp2", "context"))]
+)
+def test_a_rank_whose_data_never_comes_is_named(
+    folder: Path, recipes: dict[str, Path], strategy: str
+) -> None:
+    place = folder / f"asleep-{strategy}"
+    arguments = options(2, f"trainer.strategy={strategy}", "callbacks.heartbeat.timeout=4")
+    started = Run(place, 2, "fit", str(recipes["genomics"]), *arguments, before=ASLEEP)
+    text = started.finish(EXIT_CODE, EXIT_CODE)
+    assert f"rank 1 on {socket.gethostname()} has not moved for 4 s, while others wait for it" in text
+    assert "in wait (<string>:7)" in text
+    assert text.count("mambazoo resume runs/genomics/1") == 1
+    assert "Traceback" not in text
 
 
 def test_sharded_runs_refuse_statistics_of_one_rank(folder: Path, recipes: dict[str, Path]) -> None:
