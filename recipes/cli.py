@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .launchers import tie_ranks
+from .launchers import is_first, tie_ranks
 
 # what each verb that takes a recipe or a run and key=value overrides does
 _TRAINING = {
@@ -53,8 +53,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # a disk that fills up is nobody's mistake in asking
         code = 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
     except FloatingPointError as error:
-        print(f"mambazoo: {error}", file=sys.stderr)
-        code = 1
+        # all ranks found the same; a launcher that sees another than the first end with an error kills that
+        code = int(is_first())
+        if code:
+            print(f"mambazoo: {error}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -60,11 +60,15 @@ def run(arguments: Namespace) -> int:
             f"{folder.parent}: a step took {each} samples, which no number of ranks makes of batches of "
             f"{data.batch_size}; was data.batch_size changed on the way?"
         )
-    print(f"step {arguments.step}, with the weights after step {checkpoint['global_step']} ({path})")
+    first = (arguments.step - 1) * each
+    print(
+        f"step {arguments.step}, samples {first} to {first + each - 1}, with the weights after step "
+        f"{checkpoint['global_step']} ({path})"
+    )
     total = torch.zeros((), device=device)
     for i in range(accumulated):
         for rank in range(world):
-            position = (arguments.step - 1) * each + (i * world) * data.batch_size
+            position = first + i * world * data.batch_size
             items, batch = data.rebuild(position, world, rank)
             batch = {key: value.to(device) for key, value in batch.items()}
             with trainer.precision_plugin.forward_context():

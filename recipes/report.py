@@ -96,7 +96,7 @@ def write_run(run: Path, output: Path | None = None) -> Path:
     if "train/left_out" in series:
         steps = ", ".join(f"{step:,}" for step, _ in series["train/left_out"])
         parts.append(
-            f"Left out, for gradients that were not finite or spikes: steps {steps}. "
+            f"Left out, for losses or gradients that were not finite or spikes: steps {steps}. "
             f"`mambazoo replay {run} --step N` shows a batch."
         )
     for picture in PICTURES:

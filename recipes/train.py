@@ -23,6 +23,8 @@ from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first, starter
 from .runs import draw, latest_run, make_run, record, summarise, surroundings
 
+# what of the model a resumed run may change: it is no part of any state
+_FREE = ("model.optimizer.anomaly", "model.optimizer.spike")
 # the callbacks that a run without training needs
 _WATCHING = ("progress",)
 
@@ -291,7 +293,7 @@ def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
     """Say what a resumed run cannot change: the model, and what the optimiser's saved state would override."""
     before, after = flat(kept), flat(config)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    refused = [key for key in changed if key.startswith(("model.", "finetune."))]
+    refused = [key for key in changed if key.startswith(("model.", "finetune.")) and key not in _FREE]
     if refused:
         raise ValueError(
             "\n".join(

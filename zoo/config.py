@@ -338,11 +338,15 @@ class OptimizerConfig(Config):
     # the rate of what makes delta is this times that of the rest; below 1, long sequences train more steadily (B2S6,
     # 2505.09022, section 6). Where delta, B and C share x_proj, as in the reference's layout, that keeps the full rate
     delta_lr: float = 1.0
-    # leave out a step whose gradient has so many times the norm of the last ones; null takes any that is finite
+    # an anomaly is a step whose loss or gradient is not finite or, unless this is null, a spike: a gradient of so many
+    # times the norm of the last ones, or a loss above them by so many times their mean deviation
     spike: float | None = None
+    # skip: leave an anomaly out, and stop at the third in a row; stop: at the first
+    anomaly: str = "skip"
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        _one_of("optimizer.anomaly", self.anomaly, ("skip", "stop"))
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
         _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr")

@@ -424,6 +424,33 @@ def test_what_ranks_assert_together_holds(folder: Path, script: str, ranks: int)
     Run(folder / script, ranks, before=path.read_text()).finish()
 
 
+NOT_FINITE = """
+import os
+from mambazoo.zoo.genomics import GenomeModel
+loss = GenomeModel.training_loss
+def training_loss(self, batch):
+    bad = os.environ.get("RANK") == "1" and self.global_step == 5
+    return loss(self, batch) * (float("nan") if bad else 1)
+GenomeModel.training_loss = training_loss
+"""
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_stops_all_with_a_message(
+    folder: Path, recipes: dict[str, Path]
+) -> None:
+    place, stop = folder / "not-finite", "model.optimizer.anomaly=stop"
+    arguments = options(2, stop, "trainer.strategy=ddp")
+    text = Run(place, 2, "fit", str(recipes["genomics"]), *arguments, before=NOT_FINITE).finish(1, 0)
+    run = Path("runs/genomics/1")
+    # 16 samples a step
+    assert text.count("mambazoo: step 6: the loss is not finite (nan); its batch, samples 80 to 95, is") == 1
+    assert text.rstrip().endswith(f"mambazoo resume {run} model.optimizer.anomaly=skip")
+    assert "Traceback" not in text
+    assert read_checkpoint(place / run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    text = Run(place, 1, "replay", str(run), "--step", "6").finish()
+    assert "step 6, samples 80 to 95, with the weights after step 4" in text
+
+
 FULL = """
 import errno, os, stat
 fsync, calls = os.fsync, []

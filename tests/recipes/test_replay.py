@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from mambazoo.datamodules.base import DataModule
 from mambazoo.datamodules.genomics import GenomeDataModule
 from mambazoo.datamodules.vocab import Bytes
 from mambazoo.recipes.cli import main
+from mambazoo.zoo import guard
 from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.journal import read_journal
 from mambazoo.zoo.language import LanguageModel
+from mambazoo.zoo.saving import read_checkpoint
 from mambazoo.zoo.throughput import operations
 
 
@@ -52,6 +55,7 @@ def test_a_step_is_replayed_exactly(
     text = command(capsys, "replay", "runs/small", "--step", "4")
     assert_replayed(text, logged)
     # 24 samples were read, the last six of them in this step
+    assert "samples 18 to 23" in text
     assert text.count("batch ") == 2
     assert len(re.findall(r"sample \d+ of pass \d+", text)) == 6
     assert "return x" in text or "def f" in text
@@ -96,7 +100,7 @@ def test_a_step_is_replayed_with_the_weights_that_were_trained(
 
 def assert_replayed(text: str, logged: dict[str, list[tuple[int, float]]]) -> None:
     """What `replay` says of the fourth step is what was logged."""
-    assert "step 4, with the weights after step 3" in text
+    assert re.search(r"^step 4, samples \d+ to \d+, with the weights after step 3", text, re.MULTILINE)
     found = re.search(r"^loss ([\d.]+)  gradient norm ([\d.]+)$", text, re.MULTILINE)
     assert found
     assert float(found[1]) == pytest.approx(dict(logged["train/loss"])[4], abs=1e-6)
@@ -108,6 +112,10 @@ def changed(run: Path) -> str:
     path = run / "recipe.yaml"
     path.write_text(path.read_text().replace("batch_size: 3", "batch_size: 5"))
     return str(run)
+
+
+def last(run: Path) -> dict[str, Any]:
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -133,23 +141,61 @@ def test_every_rank_reads_again_what_it_read(genome: Path, warmup: list[int] | N
     assert lengths == ({32, 64} if warmup else {64})
 
 
-def test_a_step_that_is_left_out_says_how_to_look_at_its_batch(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def faulty(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What makes a small run whose third step has no loss, and whose last one leaps."""
     monkeypatch.chdir(tmp_path)
-    loss = LanguageModel.training_loss
+    monkeypatch.setattr(guard, "SETTLING", 4)
+    loss, faults = LanguageModel.training_loss, {2: float("nan"), 6: 100.0}
+
     monkeypatch.setattr(
         LanguageModel,
         "training_loss",
-        lambda self, batch: loss(self, batch) * (float("nan") if self.global_step == 1 else 1),
+        lambda self, batch: loss(self, batch) * faults.get(self.global_step, 1),
     )
     options = ["data.length=32", "data.batch_size=2", "model.backbone.d_model=8", "model.backbone.n_layers=1"]
-    options += [f"data.paths={texts}", "trainer.max_steps=3", "trainer.limit_val_batches=1"]
-    text = command(capsys, "fit", "language/demo", *options, "trainer.accelerator=cpu")
-    assert "step 2: the gradient is not finite (nan)" in text
-    assert "mambazoo replay runs/language/demo/1 --step 2" in text
-    assert read_journal(Path("runs/language/demo/1"))["train/left_out"] == [(2, 1.0)]
-    assert "not finite or spikes: steps 2." in command(capsys, "report", "runs/language/demo")
+    options += [f"data.paths={texts}", "trainer.max_steps=7", "trainer.limit_val_batches=1"]
+    options += [
+        "trainer.accelerator=cpu",
+        "callbacks.checkpoints.every_n_steps=1",
+        "trainer.log_every_n_steps=1",
+    ]
+    return [*options, "model.optimizer.spike=20"]
+
+
+def test_a_step_that_is_left_out_says_how_to_look_at_its_batch(
+    faulty: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = command(capsys, "fit", "language/demo", *faulty)
+    assert (
+        "step 3: the loss is not finite (nan); it is left out; its batch, samples 4 to 5, is shown by" in text
+    )
+    assert "mambazoo replay runs/language/demo/1 --step 3" in text
+    assert re.search(
+        r"step 7: the loss is [\d.]+, more than the [\d.]+ that model.optimizer.spike allows", text
+    )
+    assert read_journal(Path("runs/language/demo/1"))["train/left_out"] == [(3, 1.0), (7, 1.0)]
+    assert "not finite or spikes: steps 3, 7." in command(capsys, "report", "runs/language/demo")
+    assert "step 3, samples 4 to 5, with" in command(capsys, "replay", "runs/language/demo", "--step", "3")
+
+
+def test_a_run_that_stopped_at_a_step_goes_on_without_it_as_if_it_had_left_it_out(
+    faulty: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = Path("runs/language/demo/1"), Path("runs/language/demo/2")
+    command(capsys, "fit", "language/demo", *faulty)
+    text = command(capsys, "fit", "language/demo", *faulty, "model.optimizer.anomaly=stop", code=1)
+    assert "mambazoo: step 3: the loss is not finite (nan); its batch, samples 4 to 5, is shown by" in text
+    assert f"mambazoo resume {run} model.optimizer.anomaly=skip" in text
+    assert last(run)["global_step"] == 2
+    assert "step 3, samples 4 to 5, with the weights after step 2" in command(
+        capsys, "replay", str(run), "--step", "3"
+    )
+    # as often as it is tried
+    command(capsys, "resume", str(run), code=1)
+    command(capsys, "resume", str(run), "model.optimizer.anomaly=skip")
+    assert same(last(run)["state_dict"], last(whole)["state_dict"])
+    assert read_journal(run)["train/left_out"] == [(3, 1.0), (7, 1.0)]
 
 
 def test_matrix_products_are_counted() -> None:

@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one of two ranks, whose parameters are shared out; test_parallel.py runs it."""
+"""A loss that is not finite on one of two ranks, whose parameters are shared out; test_parallel.py runs it."""
 
 import os
 
@@ -24,18 +24,32 @@ class Watch(L.Callback):
         seen.append(weight.full_tensor().detach().clone())
 
 
+def fit(anomaly: str) -> None:
+    global model
+    model = Faulty(
+        {"d_model": 16, "n_layers": 2}, vocab_size=20, optimizer={"schedule": "constant", "anomaly": anomaly}
+    )
+    rows = [torch.randint(20, (2, 9)) for _ in range(3)]
+    batches = [{"inputs": row[:, :-1], "targets": row[:, 1:]} for row in rows]
+    trainer = L.Trainer(
+        max_steps=3, accelerator="cpu", devices=2, strategy=FullySharded(), logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, callbacks=[Watch()],
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(batches, batch_size=None))
+
+
 torch.manual_seed(0)
 seen: list[torch.Tensor] = []
-model = Faulty({"d_model": 16, "n_layers": 2}, vocab_size=20, optimizer={"schedule": "constant"})
-rows = [torch.randint(20, (2, 9)) for _ in range(3)]
-batches = [{"inputs": row[:, :-1], "targets": row[:, 1:]} for row in rows]
-trainer = L.Trainer(
-    max_steps=3, accelerator="cpu", devices=2, strategy=FullySharded(), logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, callbacks=[Watch()],
-)  # fmt: skip
-trainer.fit(model, DataLoader(batches, batch_size=None))
+fit("skip")
 # every rank leaves the step out
 assert torch.equal(seen[0], seen[1])
 assert not torch.equal(seen[1], seen[2])
 assert seen[2].isfinite().all()
+# or stops at it
+problem = ""
+try:
+    fit("stop")
+except FloatingPointError as error:
+    problem = str(error)
+assert problem.startswith("step 2: the loss is not finite")
 os._exit(0)
