@@ -17,7 +17,14 @@ class Faulty(LanguageModel):
 
 
 class Watch(L.Callback):
-    def on_train_batch_end(self, *args: object) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: object) -> None:
+        gradients = [p.grad.full_tensor() for p in model.parameters() if isinstance(p.grad, DTensor)]
+        self.norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+        torch.testing.assert_close(
+            trainer.callback_metrics["train/gradient_norm"], self.norm, equal_nan=True, atol=0.0, rtol=1e-5
+        )
         weight = model.backbone.layers[0].mixer.in_proj.weight
         assert isinstance(weight, DTensor)
         assert len(weight.to_local()) == len(weight) // 2
