@@ -4,10 +4,10 @@
     python benchmarks/sound_spectra.py RUN sample:bach-piano docs/piano.png --held-out 'BWV 254' >> results.jsonl
 
 A model that knows classes says each of them a few times, from silence, and --labels finds a recording's class in its
-name; another makes pieces of a few seconds, and recordings are cut into such. A line is how far the mean spectrum (decibels
-in each mel band, the bands' own mean taken off) of what is made is from that of what was held out, over bands, of other
-recordings as many, and of what was held out when its samples are shuffled. The picture has what was recorded over what was
-made.
+name; another makes pieces of a few seconds, and recordings are cut into such. A line is how far the mean spectrum
+(decibels in each mel band, the bands' own mean taken off) of what is made is from that of what was held out, over bands,
+of other recordings as many, and of what was held out when its samples are shuffled. The picture has what was recorded
+over what was made.
 """
 
 # mypy: allow-untyped-calls
