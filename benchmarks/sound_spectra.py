@@ -5,9 +5,9 @@
 
 A model that knows classes says each of them a few times, from silence, and --labels finds a recording's class in its
 name; another makes pieces of a few seconds, and recordings are cut into such. A line is how far the mean spectrum
-(decibels in each mel band, the bands' own mean taken off) of what is made is from that of what was held out, over bands,
-of other recordings as many, and of what was held out when its samples are shuffled. The picture has what was recorded
-over what was made.
+(decibels in each mel band, the bands' own mean taken off) of what is made is from that of what was held out, over
+bands, of other recordings as many, and of what was held out when its samples are shuffled. The picture has what was
+recorded over what was made.
 """
 
 # mypy: allow-untyped-calls
