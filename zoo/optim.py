@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,20 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW, which updates of parameters that are sharded what this rank has of them.
+
+    That is the same update; but the arithmetic of DTensor takes the host longer than a GPU takes for a small model.
+    """
+
+    def _init_group(self, group: dict[str, Any], *rows: list[Tensor]) -> bool:
+        # parameters, gradients, and the states of these
+        is_complex: bool = super()._init_group(group, *rows)  # type: ignore[no-untyped-call]
+        for row in rows:
+            row[:] = map(_local, row)
+        return is_complex
+
+
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
@@ -89,7 +104,7 @@ def build_optimizer(
     groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.delta_lr)
     for group in groups:
         group["lr"] = config.lr * group.pop("scale")  # type: ignore[operator]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, config, total_steps) / config.lr
     )
@@ -104,18 +119,21 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients down to a norm of `limit`, and return the norm that they had.
 
-    Those that are sharded over all ranks are taken as the tensors that this rank has of them: the arithmetic of DTensor
-    takes the host longer than a GPU takes for a step of a small model. Every rank has to call it then.
+    Of those that are sharded over all ranks each scales what it has, as in AdamW above; all have to call it then.
     """
     trained = list(parameters)
     if not any(isinstance(p, DTensor) for p in trained):
         return torch.nn.utils.clip_grad_norm_(trained, limit)
-    given = [p.grad for p in trained if p.grad is not None]
-    gradients = [x.to_local() if isinstance(x, DTensor) else x for x in given]
+    gradients = [_local(p.grad) for p in trained if p.grad is not None]
     norm = sum_over_ranks(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
     if limit < math.inf:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
     return norm
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
