@@ -139,7 +139,8 @@ class FullySharded(ModelParallelStrategy):
     def _gather(self, x: DTensor) -> Tensor | None:
         """The whole of a tensor that is shared out, on the first rank alone."""
         whole = x.full_tensor()
-        return whole.cpu() if self.is_global_zero else None
+        # what one rank has alone is whole already, and trained on
+        return whole.to("cpu", copy=True) if self.is_global_zero else None
 
 
 def groups(model: nn.Module) -> list[list[nn.Module]]:

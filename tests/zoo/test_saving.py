@@ -31,7 +31,7 @@ from mambazoo.zoo.sharding import FullySharded
 from mambazoo.zoo.shards import host_copy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 # how often writing is killed; 100 when it is to be sure
@@ -256,6 +256,24 @@ def test_a_copy_shares_what_was_shared() -> None:
     assert copy["embedding"].all()
     assert copy["part"].shape == (2, 4)
     assert copy["step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_training_on_changes_no_copy_of_one_rank(tmp_path: Path, kind: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        strategy = FullySharded(kind)
+        strategy.checkpoint_io = AtomicCheckpointIO()
+        weight = distribute_tensor(torch.ones(3, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        checkpoint = {"state_dict": {"weight": weight, "bias": torch.ones(3)}, "global_step": 1}
+        write, finish = strategy.writes(checkpoint, tmp_path / "last.ckpt")
+        for tensor in checkpoint["state_dict"].values():
+            tensor.zero_()
+        write()
+        finish()
+    finally:
+        dist.destroy_process_group()
+    assert all(x.all() for x in read_checkpoint(tmp_path / "last.ckpt")["state_dict"].values())
 
 
 def test_the_journal_is_rewound_to_a_checkpoint(tmp_path: Path) -> None:
