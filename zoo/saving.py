@@ -193,6 +193,9 @@ class Checkpoints(Checkpoint):
             )
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # what a kill left half written is as large as a checkpoint
+            for path in self.folder.glob(".*.ckpt.*.tmp"):
+                path.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.owed:
