@@ -14,7 +14,7 @@ from ..zoo.finetune import FineTuning
 from ..zoo.heartbeat import Heartbeat
 from ..zoo.journal import rewind_journal
 from ..zoo.lora import size
-from ..zoo.saving import BEST, Checkpoints, newest_checkpoint, read_checkpoint, write_whole
+from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import TESTED, Recipe, compose, find, flat
@@ -90,6 +90,8 @@ def resume(name: str, overrides: list[str]) -> int:
     _must_fit(launch, checkpoint)
     os.environ["MAMBAZOO_RUN"] = str(run)
     if launch.trainer.is_global_zero:
+        if problems:
+            make_last(path)
         rewind_journal(run, step)
         print(f"resuming {run} after step {step}", flush=True)
     return _train(launch, config, run, recipe.name, path)

@@ -133,6 +133,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     raise FileNotFoundError(f"{folder} holds no whole checkpoint{detail}")
 
 
+def make_last(path: Path) -> None:
+    """Have a run go on from one of its checkpoints: it is the last then, and a damaged one is not kept or named."""
+    if path.name != LAST:
+        _second_name(path, path.with_name(LAST))
+
+
 class AtomicCheckpointIO(CheckpointIO):
     """The trainer's way to the disk."""
 

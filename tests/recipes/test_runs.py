@@ -19,7 +19,7 @@ import yaml
 from mambazoo.checkpoints.io import from_pretrained, load, save_pretrained
 from mambazoo.recipes.cli import main
 from mambazoo.zoo.language import LanguageModel
-from mambazoo.zoo.saving import newest_checkpoint, read_checkpoint
+from mambazoo.zoo.saving import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "language.txt"
 STEPS = 30
@@ -298,6 +298,28 @@ def test_a_folder_that_moved_is_still_a_run(whole: Path, tmp_path: Path) -> None
     finish(start(tmp_path, "resume", "elsewhere", "trainer.max_steps=32"))
     assert json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["steps"] == 32
     assert json.loads((whole / "summary.json").read_text())["steps"] == STEPS
+
+
+def test_a_damaged_checkpoint_is_never_the_previous_or_the_best(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "elsewhere"
+    shutil.copytree(whole, run)
+    folder = run / "checkpoints"
+    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:1000])
+    (folder / "best.ckpt").unlink()
+    # so that it is put back afterwards
+    monkeypatch.setenv("MAMBAZOO_RUN", str(run))
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    # after the validation that is made up, while the next one is written
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(["resume", str(run)])
+    steps = {path.stem: read_checkpoint(path)["global_step"] for path in folder.glob("*.ckpt")}
+    assert steps == {"last": 28, "previous": 28, "best": 28}
 
 
 def test_a_run_is_the_model_it_was_where_a_default_has_changed(whole: Path, tmp_path: Path) -> None:
