@@ -256,6 +256,9 @@ class Checkpoints(Checkpoint):
         if isinstance(exception, StoppedError):
             # raised by all ranks at once
             self._settle(wait=True)
+        elif self._writing is not None:
+            # by this rank alone: nobody knows what the others do
+            self._writing[0].exception()
 
     def save(self, trainer: L.Trainer) -> None:
         """Take a checkpoint and begin to write it as the last; the one that was last becomes the previous.

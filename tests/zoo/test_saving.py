@@ -248,6 +248,27 @@ def test_training_stops_where_a_checkpoint_could_not_be_written(
     assert 2 <= max(weights.seen) <= 4
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_fails_leaves_what_it_was_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, sync = threading.Event(), os.fsync
+
+    def slow(handle: int) -> None:
+        assert go_on.wait(60)
+        # longer than it takes to leave
+        time.sleep(0.5)
+        sync(handle)
+
+    def after(step: int) -> None:
+        if step == 5:
+            go_on.set()
+            raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, Weights(after), Checkpoints(str(tmp_path), 4), validate=6)
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+
+
 def test_a_copy_shares_what_was_shared() -> None:
     weight = torch.randn(3, 4)
     copy = host_copy({"embedding": weight, "head": weight.detach(), "part": weight[1:], "step": 3})
