@@ -192,9 +192,13 @@ class Heartbeat(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if self._watch is not None and self._watch.ending:
+        if self._watch is None:
+            return
+        if self._watch.ending:
             # ranks that leave let others fail; all has been said
             threading.Event().wait()
+        # the others may leave before this one, which may have a checkpoint to write
+        self._watch.stop()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._move(trainer)

@@ -1,9 +1,11 @@
 """Which rank a run waits for, by what its ranks tell of themselves; test_parallel.py has runs that are ended for it."""
 
+import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch.distributed as dist
 from mambazoo.zoo.heartbeat import PATIENCE, Heartbeat, Sign, Watch, place
 
 # beats of the rank that listens in its timeout
@@ -79,6 +81,23 @@ def test_the_others_listen_to_the_first_alone() -> None:
     assert ranks.pass_(2 * PATIENCE * LIMIT, silent=(1,)) == []
     *_, last = ranks.pass_(LIMIT, silent=(0, 1))
     assert last.startswith("rank 0 on node0 has not been heard of for 10 s")
+
+
+def test_a_rank_that_fails_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambazoo.zoo.heartbeat.ranks", lambda: 3)
+    monkeypatch.setattr("mambazoo.zoo.heartbeat.wait_at_most", lambda seconds: None)
+    monkeypatch.setattr("mambazoo.zoo.heartbeat.table", lambda name: dist.HashStore())
+    ended = threading.Event()
+    monkeypatch.setattr(Watch, "_leave", lambda watch: ended.set())
+    monkeypatch.setattr(Watch, "_say", lambda watch, problem: None)
+    heartbeat, trainer = Heartbeat(0.2), cast(Any, SimpleNamespace(global_rank=0, world_size=3))
+    for fails in (True, False):
+        heartbeat.setup(trainer, trainer, "fit")
+        if fails:
+            heartbeat.on_exception(trainer, trainer, FloatingPointError())
+        # the others have left
+        assert ended.wait(1 if fails else 60) is not fails
+    heartbeat.teardown(trainer, trainer, "fit")
 
 
 def test_a_place_is_a_line_and_what_of_this_package_called_it() -> None:
