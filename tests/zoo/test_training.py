@@ -1,6 +1,7 @@
 """What every task does around its loss: groups of parameters, the schedule, guarded gradients, metrics."""
 
 import math
+from typing import Any
 
 import lightning as L
 import pytest
@@ -22,10 +23,10 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"inputs": row[:, :-1], "targets": row[:, 1:], "bytes": torch.tensor(16)} for row in rows]
 
 
-def trainer(steps: int) -> L.Trainer:
+def trainer(steps: int, precision: Any = "32-true") -> L.Trainer:
     return L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, gradient_clip_val=1.0,
+        enable_model_summary=False, gradient_clip_val=1.0, precision=precision,
     )  # fmt: skip
 
 
@@ -61,6 +62,11 @@ def test_the_state_space_stays_in_float32() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_gradients_of_float16_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.precision: must be bf16-mixed or 32-true, not 16-true"):
+        trainer(1, "16-true").fit(build(), DataLoader(batches(1), batch_size=None))
+
+
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out() -> None:
     class Faulty(LanguageModel):
         def training_loss(self, batch: object) -> torch.Tensor:
