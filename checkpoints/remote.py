@@ -9,6 +9,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ WEIGHTS = (
 )
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0
+# what the HTTP libraries of huggingface_hub, old and new, call that nobody is there
+_UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError")
 
 
 def cache_root() -> Path:
@@ -105,6 +108,7 @@ def _hub_file(repo: str, name: str, *, needed: bool = False) -> Path | None:
         cached = _in_cache(repo, name)
         if isinstance(cached, Path) or (cached is False and not needed):
             return cached or None
+        _reach_hub()
         return Path(huggingface_hub.hf_hub_download(repo, name))
     except errors.GatedRepoError:
         raise PermissionError(
@@ -125,10 +129,35 @@ def _hub_file(repo: str, name: str, *, needed: bool = False) -> Path | None:
         if not needed:
             return None
         raise FileNotFoundError(f"{repo} at huggingface.co has no {name}") from None
-    except (errors.HfHubHTTPError, ConnectionError) as error:
+    except _hub_failures() as error:
         raise OSError(
             f"{repo}: {name} cannot be fetched from huggingface.co ({_first_line(error)})"
         ) from None
+
+
+@cache
+def _reach_hub() -> None:
+    """Ask the Hub once whether it is there: a download would ask for half a minute, with a warning each time.
+
+    Raises:
+        LocalEntryNotFoundError: when nobody answers.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    try:
+        huggingface_hub.get_hf_file_metadata(constants.ENDPOINT)
+    except _hub_failures() as error:
+        # any other failure is an answer, or may pass: the download deals with it
+        if type(error).__name__ in _UNREACHED:
+            raise errors.LocalEntryNotFoundError(_first_line(error)) from None
+
+
+def _hub_failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where it cannot fetch or write: its own errors, its HTTP library's, the system's."""
+    from huggingface_hub import errors
+
+    return (OSError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__)
 
 
 def _in_cache(repo: str, name: str) -> Path | Literal[False] | None:
@@ -155,7 +184,6 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = False, client: Any =
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}, so no model to upload")
     import huggingface_hub
-    from huggingface_hub import errors
 
     client = client or huggingface_hub.HfApi()
     try:
@@ -167,7 +195,7 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = False, client: Any =
         client.upload_folder(
             folder_path=str(folder), repo_id=repo, ignore_patterns=[CARD], commit_message="Add the model"
         )
-    except (errors.HfHubHTTPError, errors.HFValidationError, ConnectionError) as error:
+    except _hub_failures() as error:
         raise OSError(f"{repo} cannot be written at huggingface.co ({_first_line(error)})") from None
     return f"https://huggingface.co/{repo}"
 

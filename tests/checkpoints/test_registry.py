@@ -240,6 +240,23 @@ def test_without_a_network_it_is_said(hub: Any) -> None:
             from_pretrained(name)
 
 
+def test_without_a_network_the_hub_is_asked_once(
+    hub: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote._reach_hub.cache_clear()
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("it goes on asking"))
+    with pytest.raises(OSError, match=r"config\.json is not in the cache and cannot be fetched"):
+        from_pretrained("state-spaces/mamba-130m")
+    assert not caplog.records
+    # nor is there one to write to
+    client = huggingface_hub.HfApi(endpoint=nowhere, token="none")
+    with pytest.raises(OSError, match=r"some/body cannot be written at huggingface\.co"):
+        remote.push_to_hub(folder, "some/body", client=client)
+
+
 class Answer:
     """What the Hub answers with."""
 
