@@ -29,7 +29,7 @@ from .alphabet import (
 from .base import DataModule, Ordered
 from .baselines import markov_bits
 from .genome import Genome, find_genomes
-from .intervals import Interval
+from .intervals import Interval, subtract
 from .order import EndlessBatches, GrowingBatches, mix
 from .sequences import BLOCK
 from .splits import Selection, select, split_genomes
@@ -128,9 +128,8 @@ class GenomeDataModule(DataModule):
         self.genomes = [files.open() for files in self.files]
         splits = split_genomes(self.genomes, self.train, self.valid, self.test)
         self.parts = {split: self._places(parts) for split, parts in splits.items()}
-        self.hidden = (
-            None if self.hide is None else self._places(select(self.genomes, self.hide, "data.hide"))
-        )
+        hidden = select(self.genomes, self.hide or [], "data.hide")
+        self.hidden = self._places(hidden) if self.hide else None
         for split, parts in self.parts.items():
             key = {"train": "train", "val": "valid", "test": "test"}[split]
             sizes = np.concatenate([part.sizes for part in parts])
@@ -148,6 +147,11 @@ class GenomeDataModule(DataModule):
                 raise ValueError(
                     f"data.{key}: there is no A, C, G or T in it, only N and the like: {', '.join(paths[:3])}{more}"
                 )
+        trained = self._places(list(map(subtract, splits["train"], hidden)))
+        if not any(map(_has_bases, trained)):
+            raise ValueError(
+                "data.hide: there is no A, C, G or T outside of it to train on; hide less, or give more genomes"
+            )
         for genome in self.genomes:
             log.info(
                 "%s: %d bases in %d records, %s",
@@ -157,7 +161,7 @@ class GenomeDataModule(DataModule):
                 genome.digest[:16],
             )
         if self.weights is not None:
-            for path, part, weight in zip(self.files, self.parts["train"], self.weights, strict=True):
+            for path, part, weight in zip(self.files, trained, self.weights, strict=True):
                 if weight and not len(part.starts):
                     raise ValueError(f"data.weights: nothing of {path.name} is left to train on; give it 0")
         self.samples = {

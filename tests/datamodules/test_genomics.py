@@ -329,3 +329,16 @@ def test_training_reads_hidden_intervals_as_n(fasta: Path, tmp_path: Path) -> No
     assert all(any(window in sequence for sequence in whole.values()) for window in windows(data, "val"))
     with pytest.raises(ValueError, match=r"data\.hide: there is no record 'three'"):
         module(fasta, hide="three")
+
+
+def test_what_is_hidden_must_leave_something_to_train_on(fasta: Path, tmp_path: Path) -> None:
+    # the validation part, the end of each record, is read as it is and does not count
+    bed = tmp_path / "hide.bed"
+    bed.write_text("one\t0\t2700\ntwo\t0\t1800\ntiny\t0\t36\n")
+    for hide in (str(bed), ["one", "two", "tiny"]):
+        with pytest.raises(ValueError, match=r"data\.hide: .* to train on; hide less, or give more genomes"):
+            module(fasta, hide=hide)
+    other = write(tmp_path / "b.fa", {"other": draw(500, 9)})
+    module([fasta, other], hide=str(bed))
+    with pytest.raises(ValueError, match=r"data\.weights: nothing of a\.fa is left to train on; give it 0"):
+        module([fasta, other], hide=str(bed), weights=[1, 1])
