@@ -24,7 +24,7 @@ _WIDTH = 1000
 
 def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("of sound")
-    group.add_argument("--seconds", type=float, default=4.0, help="how long, behind the prompt")
+    group.add_argument("--seconds", type=float, help="how long, behind the prompt; 4 if not given")
     group.add_argument("--label", help="of which class; without it, all classes in turn")
 
 
@@ -36,23 +36,26 @@ def write_recordings(
     Raises:
         ValueError: when a prompt cannot be read, or there is no such class.
     """
+    from ..datamodules.sound import SUFFIXES
     from ..datamodules.waveform import Waveform
     from .bar import progress
 
     if arguments.temperature is None:
         sampling = dataclasses.replace(sampling, temperature=1.0)
     sound = Waveform.from_dict(vocabulary)
-    if not 1 <= arguments.seconds * sound.sample_rate < _LONGEST:
+    seconds = 4.0 if arguments.seconds is None else arguments.seconds
+    if not 1 <= seconds * sound.sample_rate < _LONGEST:
         raise ValueError(
-            f"--seconds: must be a sample or more, and less than {_LONGEST // sound.sample_rate}, "
-            f"not {arguments.seconds:g}"
+            f"--seconds: must be a sample or more, and less than {_LONGEST // sound.sample_rate}, not {seconds:g}"
         )
-    steps = round(arguments.seconds * sound.sample_rate)
+    steps = round(seconds * sound.sample_rate)
     labels = _labels(arguments.label, model, sound, arguments.number)
     prompts = {Path(given).stem: _read(given, sound) for given in arguments.prompt or []}
     if len(prompts) < len(arguments.prompt or []):
         raise ValueError("--prompt: two files have one name, and what is written is called after them")
-    folder = Path(arguments.output or "recordings")
+    folder = Path(arguments.output or "recordings").expanduser()
+    if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
+        raise ValueError(f"--output: {folder} is the name of a file; give that of a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,7 +17,7 @@ from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import TESTED, Recipe, compose, find, flat
+from .find import SECTIONS, TESTED, Recipe, compose, find, flat
 from .finetune import Start, complete_backbone, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first, starter
@@ -25,8 +25,8 @@ from .runs import draw, latest_run, make_run, record, summarise, surroundings
 
 # what of the model a resumed run may change: it is no part of any state
 _FREE = ("model.optimizer.anomaly", "model.optimizer.spike")
-# the callbacks that a run without training needs
-_WATCHING = ("progress",)
+# the callbacks that a run without training needs, and the sections of a recipe that it reads anew
+_WATCHING, _MEASURED = ("progress",), ("data", "trainer")
 
 
 def fit(name: str, overrides: list[str]) -> int:
@@ -244,6 +244,13 @@ def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
 
 def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is."""
+    for override in overrides:
+        section, _, key = override.partition("=")[0].partition(".")
+        watches = section == "callbacks" and key.partition(".")[0] in _WATCHING
+        if section in SECTIONS and section not in _MEASURED and not watches:
+            raise ValueError(
+                f"{section}.{key}: means nothing to a run that is only measured; it takes data.* and trainer.*"
+            )
     path = Path(name)
     run = path.parent.parent if path.suffix == ".ckpt" else latest_run(path)
     if path.suffix != ".ckpt":

@@ -125,7 +125,11 @@ def test_classes_are_asked_for_by_name_or_come_in_turn(
         (["--seconds", "inf"], "--seconds: must be a sample or more, and less than 134217, not inf"),
         (["--seconds", "nan"], "--seconds: must be a sample or more"),
         (["--seed", str(1 << 70)], "--seed: must be 0 or more and below 2^63"),
-        (["--output", "text.wav"], "--output: text.wav cannot be made a folder (File exists)"),
+        (["--output", "text"], "--output: text cannot be made a folder (File exists)"),
+        (["--output", "new.wav"], "--output: new.wav is the name of a file; give that of a folder"),
+        (["--max-new-tokens", "9"], "--max-new-tokens: means nothing to"),
+        (["--max-new-tokens", "9"], "which writes sound; it takes --seconds and --label"),
+        (["--top-p", "0.9", "--temperature", "0"], "--top-p: means nothing to --temperature 0"),
         (["--prompt", "nothing.wav"], "--prompt: there is no file nothing.wav"),
         (["--prompt", "text.wav"], "--prompt: text.wav: it is no sound that can be read"),
         (["--prompt", "a.wav", "--prompt", "b/a.wav"], "--prompt: two files have one name"),
@@ -135,7 +139,8 @@ def test_classes_are_asked_for_by_name_or_come_in_turn(
 def test_mistakes_are_explained(
     model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("text.wav").write_text("no sound")
+    for path in ("text", "text.wav"):
+        Path(path).write_text("no sound")
     Path("b").mkdir()
     for path in ("a.wav", "b/a.wav"):
         soundfile.write(path, np.zeros(100), RATE)
@@ -150,6 +155,12 @@ def test_a_model_of_text_still_writes_text(tmp_path: Path, capsys: pytest.Captur
     save_pretrained(LanguageModel({"d_model": 8, "n_layers": 1}, 257), {"kind": "bytes"}, tmp_path / "text")
     assert generate(tmp_path / "text", "--prompt", "abc", "--max-new-tokens", 3) == 0
     assert capsys.readouterr().out.startswith("abc")
+    for flag in ("--seconds", "--label"):
+        assert generate(tmp_path / "text", flag, "1") == 2
+        message = (
+            f"{flag}: means nothing to {tmp_path / 'text'}, which writes letters; it takes --max-new-tokens"
+        )
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", [4000, 8000, 16000, 44100])

@@ -285,6 +285,19 @@ def test_a_tokenizer_that_was_trained_stays_with_its_run(
         assert message in capsys.readouterr().err
 
 
+def test_a_run_that_is_measured_takes_only_what_is_read_anew(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for override in ("callbacks.checkpoints.mode=max", "model.optimizer.lr=1", "loggers.csv=null"):
+        with pytest.raises(SystemExit) as exit_:
+            main(["test", str(whole), override])
+        key = override.partition("=")[0]
+        message = (
+            f"mambazoo: {key}: means nothing to a run that is only measured; it takes data.* and trainer.*\n"
+        )
+        assert (exit_.value.code, capsys.readouterr().err) == (2, message)
+
+
 def test_a_resumed_run_cannot_change_what_its_state_decides(whole: Path) -> None:
     output = finish(start(whole.parents[2], "resume", "runs/small", "model.optimizer.lr=1"), 2)
     assert "model.optimizer.lr: is 0.003 in this run and cannot become 1" in output
