@@ -87,7 +87,7 @@ def arguments_from(config: dict[str, Any], where: str) -> dict[str, Any]:
         if value is not None:
             section, _, field = ours.rpartition(".")
             (backbone[section] if section else backbone)[field] = None if value == "auto" else value
-    if backbone.get("d_mlp"):
+    if isinstance(backbone.get("d_mlp"), int):
         # mamba_ssm rounds it up
         backbone["d_mlp"] = -(-backbone["d_mlp"] // 128) * 128
     try:

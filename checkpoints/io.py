@@ -116,12 +116,11 @@ def build(stored: Stored, task: type[Task] | None = None) -> Task:
     Raises:
         ValueError: when it is of no class of this package, or its weights do not fit.
     """
-    layers = stored.arguments.get("backbone", {}).get("n_layers", 0)
-    if stored.weights and isinstance(layers, int) and layers > len(stored.weights):
-        raise ValueError(
-            f"{stored.place} does not fit its config: {layers} layers of {len(stored.weights)} weights"
-        )
-    model = empty(stored, task)
+    if task is None:
+        # whatever a config says, nothing has memory before it fits the weights
+        _fill(empty(stored), stored)
+    with _Unallocated():
+        model = _construct(stored, task)
     _fill(model, stored)
     if any(buffer.is_meta for buffer in model.buffers()):
         # a class of the caller's that makes buffers as we make weights
@@ -131,10 +130,10 @@ def build(stored: Stored, task: type[Task] | None = None) -> Task:
     return model
 
 
-def empty(stored: Stored, task: type[Task] | None = None) -> Task:
-    """The model that is stored, its weights without values and without memory."""
-    with _Unallocated():
-        return _construct(stored, task)
+def empty(stored: Stored) -> Task:
+    """The model that is stored, without values and without memory: it has shapes alone."""
+    with torch.device("meta"):
+        return _construct(stored, None)
 
 
 def save_pretrained(
@@ -239,7 +238,8 @@ def _check_sections(path: Path, arguments: Any, vocabulary: Any) -> None:
 def _read_adapter(folder: Path, weights: bool) -> Stored:
     adapter = adapters.read(folder)
     _check_sections(folder / adapters.CONFIG, adapter.arguments, adapter.vocabulary)
-    stored = Stored(folder, adapter.task, adapter.arguments, read_vocabulary(folder, adapter.vocabulary), {})
+    vocabulary = read_vocabulary(folder, adapter.vocabulary)
+    stored = Stored(folder, str(adapter.task), adapter.arguments, vocabulary, {})
     if not weights:
         return stored
     base = read(adapter.base_from(folder))
@@ -265,7 +265,7 @@ def _tokenizer(entry: Entry) -> dict[str, Any] | None:
 
 
 class _Unallocated(TorchFunctionMode):
-    """What parameters are made of, and drawn from, is on the meta device: it has a shape and no memory."""
+    """What weights are made of, and drawn from, is on the meta device; what a model has beside them is made."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

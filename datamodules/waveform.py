@@ -71,13 +71,18 @@ class Waveform:
         """Rebuild it from what `to_dict` gave.
 
         Raises:
-            ValueError: when the values are of another kind of vocabulary.
+            ValueError: when the values are of another kind of vocabulary, or damaged.
         """
         if values.get("kind") != "waveform" or values.get("levels") not in (LEVELS, None):
             raise ValueError(
                 f"a vocabulary of {values.get('kind')} with {values.get('levels')} levels is no sound"
             )
-        return cls(values["encoding"], values["sample_rate"], list(values.get("classes") or []))
+        encoding, rate, classes = (values.get(key) for key in ("encoding", "sample_rate", "classes"))
+        if not isinstance(rate, int) or rate < 1 or not isinstance(classes or [], list):
+            raise ValueError(
+                f"a vocabulary of sound at {rate!r} samples a second, of {classes!r}, is damaged"
+            )
+        return cls(str(encoding), rate, classes)
 
 
 def samples_of(stored: NDArray[np.int16]) -> NDArray[np.float32]:

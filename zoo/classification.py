@@ -21,6 +21,9 @@ from .strands import complement_table, reverse_complement
 from .task import Batch, Task
 from .unet import build_backbone
 
+# classes whose confusion matrix has room in memory
+_MOST = 1 << 12
+
 
 class SequenceClassifier(Task):
     """A class for each of inputs (b, l), which labels (b,) name; lengths (b,) says where padding at the end begins.
@@ -62,8 +65,8 @@ class SequenceClassifier(Task):
     ) -> None:
         super().__init__(optimizer)
         config = BackboneConfig.from_dict(backbone, "model.backbone")
-        if num_classes < 2:
-            raise ValueError(f"model.num_classes: must be 2 or more, not {num_classes}")
+        if not 2 <= num_classes <= _MOST:
+            raise ValueError(f"model.num_classes: must be from 2 to {_MOST}, not {num_classes}")
         if patch < 1 or features < 1:
             raise ValueError(f"model.patch, model.features: must be 1 or more, not {patch} and {features}")
         if config.reverse_complement and (patch > 1 or vocab_size is None):

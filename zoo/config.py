@@ -82,6 +82,8 @@ class MambaConfig(Config):
         for name in self.selective:
             _one_of("mamba.selective", name, ("delta", "B", "C"))
         _positive("mamba", self, "d_state", "d_conv", "expand", "heads", "dt_min", "dt_max")
+        if self.dt_rank is not None:
+            _positive("mamba", self, "dt_rank")
         if self.heads > 1 and not self.selective:
             raise ValueError("mamba.heads: blocks choose delta, B or C, of which mamba.selective names none")
         if self.B_bias and "B" not in self.selective:
@@ -179,7 +181,10 @@ class BackboneConfig(Config):
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
 
     def __post_init__(self) -> None:
+        _at_most("backbone.n_layers", self.n_layers, _DEEPEST)
         _positive("backbone", self, "d_model", "n_layers", "norm_eps")
+        if self.d_mlp:
+            _positive("backbone", self, "d_mlp")
         _one_of("backbone.norm", self.norm, ("rms", "layer", "batch"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"backbone.dropout: must be from 0 to below 1, not {self.dropout}")
@@ -208,11 +213,11 @@ class BackboneConfig(Config):
         for part in self.pattern.split("+"):
             name, star, count = (piece.strip() for piece in part.partition("*"))
             _one_of("backbone.pattern", name, MIXERS)
-            if star and not count.isdigit():
+            if star and not (count.isdecimal() and len(count) < 10):
                 raise ValueError(
                     f"backbone.pattern: must read like 'mamba' or 'mamba*7 + other', not {self.pattern!r}"
                 )
-            names += [name] * (min(int(count), self.n_layers) if star else 1)
+            names += [name] * min(int(count or 1), self.n_layers - len(names))
         if not names:
             raise ValueError(f"backbone.pattern: {self.pattern!r} names no mixer")
         return [names[i % len(names)] for i in range(self.n_layers)]
@@ -269,15 +274,19 @@ class UNetConfig(BackboneConfig):
             )
         if not self.prenorm:
             raise ValueError("backbone.prenorm: the stages of a U-Net share one stream; leave it at true")
-        if not self.pool or min(self.pool) < 2:
-            raise ValueError(f"backbone.pool: must be factors of 2 or more, not {list(self.pool)}")
+        few = 0 < len(self.pool) < _LARGEST.bit_length()
+        if not (few and min(self.pool) >= 2 and self.period <= _LARGEST):
+            raise ValueError(
+                f"backbone.pool: must be factors of 2 or more with a product of {_LARGEST} at most, not "
+                f"{list(self.pool)}"
+            )
         _positive("backbone", self, "widen")
         if len(self.stages) > len(self.pool) + 1:
             raise ValueError(
                 f"backbone.stages: there are {len(self.pool) + 1} for these factors of pool, not {len(self.stages)}"
             )
-        for i in range(len(self.pool) + 1):
-            _ = self.stage(i)
+        levels = [self.stage(i).n_layers for i in range(len(self.pool) + 1)]
+        _at_most("backbone.n_layers: those of all stages", 2 * sum(levels) - levels[-1], _DEEPEST)
 
     @property
     def period(self) -> int:
@@ -293,12 +302,18 @@ class UNetConfig(BackboneConfig):
             if values[name] is not None:
                 values[name] *= self.widen**i
         for name, value in (self.stages[i] if i < len(self.stages) else {}).items():
+            if name in _OF_ALL_STAGES:
+                raise ValueError(
+                    f"backbone.stages.{i}.{name}: is the same in every stage; give backbone.{name}"
+                )
             values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
         return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
 
 
-# of any size: more is a slip, and would ask for memory before it fails
-_LARGEST = 1 << 20
+# of any size, and of layers: more is a slip, and would ask for memory or take long before it fails
+_LARGEST, _DEEPEST = 1 << 20, 1 << 10
+# what a stage of a U-Net has as the others do
+_OF_ALL_STAGES = ("size", "pool", "bidirectional", "reverse_complement", "prenorm")
 
 MIXERS = ("mamba", "s4d", "attention", "lstm")
 
@@ -418,5 +433,9 @@ def _positive(where: str, config: Config, *names: str) -> None:
     for name in names:
         if not (value := getattr(config, name)) > 0:
             raise ValueError(f"{where}.{name}: must be above 0, not {value}")
-        if value > _LARGEST:
-            raise ValueError(f"{where}.{name}: must be {_LARGEST} at most, not {value}")
+        _at_most(f"{where}.{name}", value, _LARGEST)
+
+
+def _at_most(where: str, value: float, limit: int) -> None:
+    if value > limit:
+        raise ValueError(f"{where}: must be {limit} at most, not {value}")

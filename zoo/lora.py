@@ -103,7 +103,26 @@ def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Part
 
 
 def merge(plain: dict[str, Tensor], adapters: dict[str, Parts]) -> dict[str, Tensor]:
-    """Weights with every adapter added to its own."""
+    """Weights with every adapter added to its own.
+
+    Raises:
+        ValueError: when an adapter is none, or is of another shape than its weight.
+    """
+    for name, parts in adapters.items():
+        if name in plain and not _fits(plain[name], parts):
+            shapes = ", ".join(f"{part} {tuple(value.shape)}" for part, value in parts.items())
+            raise ValueError(f"{name} is {tuple(plain[name].shape)}, and its adapter is of another: {shapes}")
     return {
         name: adapted(value, adapters[name]) if name in adapters else value for name, value in plain.items()
     }
+
+
+def _fits(weight: Tensor, parts: Parts) -> bool:
+    """Whether the parts are those of an adapter of this weight."""
+    wanted = weight.flatten(1).shape if weight.ndim > 1 else None
+    if "whole" in parts:
+        return parts["whole"].shape == wanted
+    if not parts.keys() >= {"up", "down", "scale"} or not parts["up"].ndim == parts["down"].ndim == 2:
+        return False
+    (rows, rank), (other, columns) = parts["up"].shape, parts["down"].shape
+    return rank == other and (rows, columns) == wanted and parts["scale"].numel() == 1

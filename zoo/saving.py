@@ -20,6 +20,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .ranks import most_over_ranks, together
 from .shards import host_copy, join, part_files
@@ -84,13 +86,12 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     checkpoint = read_tensors(path, mmap=mmap)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} holds no model: it has no state_dict")
-    files = part_files(checkpoint, path.parent)
-    if not files:
-        return checkpoint
-    for file in files:
+    parts = []
+    for file in part_files(checkpoint, path.parent):
         if not file.exists():
             raise ValueError(f"{path} is in parts, and {file} is not there")
-    return join(checkpoint, [read_tensors(file, mmap=mmap) for file in files])
+        parts.append(read_tensors(file, mmap=mmap))
+    return join(checkpoint, parts) if parts else checkpoint
 
 
 def read_tensors(path: Path, *, mmap: bool = False) -> Any:
@@ -106,12 +107,25 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint, or not a whole one: {path.stat().st_size} bytes")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as tensors and plain values, and is not loaded otherwise: {detail}"
         ) from None
+    for leaf in tree_leaves(loaded):
+        if isinstance(leaf, Tensor) and not _has_its_numbers(leaf):
+            raise ValueError(
+                f"{path} is damaged: a tensor in it is {tuple(leaf.shape)}, and not that many numbers"
+            )
+    return loaded
+
+
+def _has_its_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has as many numbers in memory as its shape says, as an expanded view has not."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:

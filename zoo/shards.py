@@ -5,7 +5,7 @@ kill leaves before that is a folder that nothing names, and goes with the next c
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,12 @@ def join(checkpoint: dict[str, Any], ranks: list[list[Tensor]]) -> dict[str, Any
     return tree_unflatten(whole, tree)
 
 
-def part_files(checkpoint: dict[str, Any], folder: Path) -> list[Path]:
+def part_files(checkpoint: dict[str, Any], folder: Path) -> Iterator[Path]:
     """The files with the parts of a checkpoint that lies in `folder`, by rank; none of one that is whole."""
     shards = checkpoint.get(FOLDER)
-    if shards is None:
-        return []
-    return [
-        folder / FOLDER / Path(shards["folder"]).name / part_name(rank) for rank in range(shards["ranks"])
-    ]
+    if shards is not None:
+        for rank in range(shards["ranks"]):
+            yield folder / FOLDER / Path(shards["folder"]).name / part_name(rank)
 
 
 def part_name(rank: int) -> str:

@@ -1,5 +1,6 @@
 """Reading models: mapped and not copied, validated before anything is built, adapters on what they were trained on."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mambazoo.checkpoints import adapters
-from mambazoo.checkpoints.io import Stored, build, from_pretrained, load, read, save_pretrained
+from mambazoo.checkpoints.io import Stored, build, empty, from_pretrained, load, read, save_pretrained
 from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.config import MambaConfig
 from mambazoo.zoo.finetune import FineTuning, transfer
@@ -15,6 +16,9 @@ from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.lora import merge, split
 from mambazoo.zoo.task import Task
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 COMPLEMENT = [3, 2, 1, 0, 4, 5]
 SIZE = {"d_model": 16, "n_layers": 2}
@@ -95,7 +99,8 @@ def test_a_class_of_the_callers_is_built_as_it_wants(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layers": 10**9}, "does not fit its config: 1000000000 layers of 23 weights"),
+        ({"n_layers": 10**9}, r"that can be built: backbone\.n_layers: must be 1024 at most"),
+        ({"pattern": f"mamba*{'9' * 5000}"}, r"backbone\.pattern: must read like"),
         ({"n_layers": 3}, r"layers\.2\.norm\.weight is \(16,\) in the model and is not there; .* and 7 more"),
         ({"n_layers": 1}, r"layers\.1\.mixer\.A_log is there and not in the model"),
         ({"d_model": 10**13}, "that can be built"),
@@ -114,6 +119,53 @@ def test_a_config_is_held_against_the_weights_before_there_is_a_model(
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load(path)
+
+
+class Watch(TorchDispatchMode):
+    """Knows the largest tensor with memory that was made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        self.largest = max(self.largest, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backbone": {"d_model": 1 << 20}},
+        {"backbone": {"norm": "batch", "d_model": 1 << 20}},
+        {"backbone": {"mamba": {"a_init": "random", "d_state": 1 << 20}}},
+        {"backbone": {"mamba": {"expand": 1 << 20, "d_conv": 1 << 20, "dt_rank": 1 << 20}}},
+        {"backbone": {"pattern": "s4d", "s4d": {"d_state": 1 << 20}}},
+        {"backbone": {"pattern": "attention", "d_mlp": 1 << 20, "attention": {"window": 1 << 20}}},
+        {"backbone": {"pattern": "lstm", "lstm": {"expand": 1 << 20}}},
+        {"backbone": {"pool": [1 << 20]}},
+        {"vocab_size": 1 << 40},
+        {"num_classes": 1 << 12},
+        {"num_classes": 1 << 40},
+        {"patch": 1 << 30},
+        {"vocab_size": None, "features": 1 << 30},
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_its_weights_gets_no_memory(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "model"
+    save_pretrained(SequenceClassifier(SIZE, 6, 3), None, path)
+    config = json.loads((path / "config.json").read_text())
+    backbone = config["model"]["backbone"]
+    config["model"] |= {**change, "backbone": {**backbone, **change.get("backbone", {})}}
+    (path / "config.json").write_text(json.dumps(config))
+    with Watch() as watch, pytest.raises(ValueError, match=r"model (does not fit|describes no)"):
+        load(path)
+    assert watch.largest < 1 << 16
+    # nor does it take any to look at
+    with Watch() as watch, contextlib.suppress(ValueError):
+        empty(read(path, weights=False))
+    assert watch.largest < 1 << 16
 
 
 @pytest.mark.parametrize(
@@ -149,6 +201,19 @@ def test_a_bin_with_code_in_it_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save({"backbone.embedding.weight": [1, 2]}, "pytorch_model.bin")
     with pytest.raises(ValueError, match="something else than weights by name"):
         from_pretrained(tmp_path)
+
+
+def test_a_tensor_without_its_numbers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    for value in (torch.ones(1).expand(1 << 40), torch.ones(3, device="meta")):
+        torch.save({"state_dict": {"embedding.weight": value}}, path)
+        with pytest.raises(
+            ValueError, match=r"a\.ckpt is damaged: a tensor in it is .*, and not that many numbers"
+        ):
+            read(path)
+    torch.save({"state_dict": {}, "shards": {"folder": "x", "ranks": 1 << 60}}, path)
+    with pytest.raises(ValueError, match=r"a\.ckpt is in parts, and .*00000\.parts is not there"):
+        read(path)
 
 
 @pytest.fixture
@@ -209,11 +274,40 @@ def test_an_adapter_on_another_model_is_refused(
         (path / "adapter.json").write_text(json.dumps({**config, "base": base}))
         with pytest.raises(ValueError, match=f"`base` must be a model, not {base!r}"):
             load(path)
+    (path / "adapter.json").write_text(json.dumps({**config, "task": 5}))
+    with pytest.raises(ValueError, match="is of the task '5', which is none of this package"):
+        load(path)
+    (path / "adapter.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"adapter\.json is not JSON"):
+        load(path)
     (path / "adapter.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"adapter\.json is not the config of an adapter \('base' is missing\)"
     ):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"up": torch.ones(1 << 12, 1), "down": torch.ones(1, 1 << 12), "scale": torch.ones(())},
+        {"up": torch.ones(16, 2), "scale": torch.ones(())},
+        {"whole": torch.ones(1, 1)},
+    ],
+    ids=lambda parts: "-".join(parts),
+)
+def test_an_adapter_of_another_shape_is_refused(
+    adapter: tuple[Path, SequenceClassifier], parts: dict[str, Tensor]
+) -> None:
+    path, _ = adapter
+    found = adapters.read(path)
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    kept = {key: value for key, value in found.weights.items() if not key.startswith(name)}
+    own = {f"{name}.{part}": value for part, value in parts.items()}
+    adapters.save(path, found._replace(weights={**kept, **own}), {})
+    with Watch() as watch, pytest.raises(ValueError, match=r"is \(16, 32\), and its adapter is of another"):
+        load(path)
+    assert watch.largest < 1 << 16
 
 
 def test_saving_a_model_with_adapters_merges_them(

@@ -59,6 +59,9 @@ def test_a_checkpoint_keeps_what_it_takes_to_listen() -> None:
         Waveform.from_dict({"kind": "bytes"})
     with pytest.raises(ValueError, match="512 levels is no sound"):
         Waveform.from_dict({**values, "levels": 512})
+    for damaged in ({"sample_rate": None}, {"sample_rate": 0}, {"classes": 5}):
+        with pytest.raises(ValueError, match="is damaged"):
+            Waveform.from_dict({**values, **damaged})
     with pytest.raises(ValueError, match="samples of sound and no text"):
         vocabulary_from_dict(values)
     with pytest.raises(ValueError, match=r"data.encoding: must be one of mu-law, linear, float, not 'a-law'"):

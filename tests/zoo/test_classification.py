@@ -272,7 +272,7 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_classes": 1}, "model.num_classes: must be 2 or more"),
+        ({"num_classes": 1}, "model.num_classes: must be from 2 to 4096"),
         (
             {"pooling": "maskd"},
             "model.pooling: must be one of last, mean, masked, not 'maskd', did you mean 'masked'",
