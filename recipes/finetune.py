@@ -107,10 +107,11 @@ class Start:
                     )  # fmt: skip
         if size is None or size_there is None:
             return None
-        if any(words is None or words["kind"] == "waveform" for words in (kept, kept_there)):
+        kinds = {words and words["kind"] for words in (kept, kept_there)}
+        if not kept or not kept_there or kinds == {"waveform"}:
             # without a name, as codes of sound are, a token is its number
             return None if size == size_there else [(i, i) for i in range(min(size, size_there))]
-        here, there = (vocabulary_from_dict(words).names() for words in (kept, kept_there) if words)
+        here, there = _names(kept, size), _names(kept_there, size_there)
         if here == there and padded(size) == padded(size_there):
             return None
         places = {name: i for i, name in enumerate(there[:size_there]) if name}
@@ -153,6 +154,11 @@ def save_adapter(launch: Launch, config: dict[str, Any], best: Path, folder: Pat
         texts,
     )
     return (folder / adapters.WEIGHTS).stat().st_size
+
+
+def _names(vocabulary: dict[str, Any], size: int) -> list[bytes]:
+    """What the tokens of a vocabulary are called; codes of sound are nothing that another could know."""
+    return [b""] * size if vocabulary["kind"] == "waveform" else vocabulary_from_dict(vocabulary).names()
 
 
 def _takes(section: dict[str, Any], argument: str) -> bool:

@@ -191,6 +191,19 @@ def test_another_vocabulary_keeps_the_tokens_that_both_have(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_codes_of_sound_are_no_bytes(
+    mambazoo: Command, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_pretrained(WaveformModel(BACKBONE), Waveform("mu-law", 8000).to_dict(), tmp_path / "sound")
+    code, out, err = mambazoo(
+        "finetune", "language/finetune", "model.pretrained=sound", f"data.paths={texts}", *SMALL
+    )
+    assert code == 0, err
+    assert "of 257 tokens the rows of 0, which it knows, are kept, and 257 start anew" in caplog.text
+    assert "the rows of 0 tokens loaded, any others new" in out
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_tokenizer_comes_with_its_model(
     mambazoo: Command, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
