@@ -57,6 +57,8 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size: must be 1 or more, not {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: must be 0 or more, not {num_workers}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.samples: dict[str, Samples] = {}
         # training samples consumed over all ranks: the whole state of the order

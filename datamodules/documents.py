@@ -50,8 +50,8 @@ class Source:
             return hashlib.file_digest(file, "sha256").digest()
 
 
-def find_sources(paths: list[str]) -> list[Source]:
-    """The sources that paths, "stdlib" and "hf:NAME" stand for, in an order that every machine agrees on.
+def find_sources(paths: list[str], key: str = "data.paths") -> list[Source]:
+    """The sources that paths, "stdlib" and "hf:NAME", given as `key`, are, in an order that every machine agrees on.
 
     Raises:
         FileNotFoundError: when a path, folder or glob holds no text file.
@@ -66,23 +66,21 @@ def find_sources(paths: list[str]) -> list[Source]:
         elif given.startswith("hf:"):
             sources.append(Source(given))
         else:
-            sources += _from_path(given)
+            sources += _from_path(given, key)
     return sources
 
 
-def _from_path(given: str) -> list[Source]:
+def _from_path(given: str, key: str) -> list[Source]:
     path = Path(given).expanduser()
     if path.is_dir():
         files = _text_files(path, SUFFIXES)
         if not files:
-            raise FileNotFoundError(
-                f"data.paths: {given} holds no {' '.join(SUFFIXES)} file, plain, .gz or .xz"
-            )
+            raise FileNotFoundError(f"{key}: {given} holds no {' '.join(SUFFIXES)} file, plain, .gz or .xz")
         return [Source(file.as_posix(), path / file) for file in files]
     if path.is_file():
         if not _is_text(path, SUFFIXES):
             raise ValueError(
-                f"data.paths: {given} is not a kind of file that is read: {' '.join(SUFFIXES)}, plain, .gz or .xz"
+                f"{key}: {given} is not a kind of file that is read: {' '.join(SUFFIXES)}, plain, .gz or .xz"
             )
         return [Source(path.name, path)]
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
@@ -90,7 +88,7 @@ def _from_path(given: str) -> list[Source]:
         Source(match.as_posix(), match) for match in matches if match.is_file() and _is_text(match, SUFFIXES)
     ]
     if not found:
-        raise FileNotFoundError(f"data.paths: there is no file, folder or match for {given}")
+        raise FileNotFoundError(f"{key}: there is no file, folder or match for {given}")
     return found
 
 

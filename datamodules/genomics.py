@@ -338,6 +338,10 @@ def _check(
         raise ValueError(f"data.weights: give {len(paths)} numbers, one for each of data.paths, 0 or more")
     if objective not in ("next", "masked", "genome"):
         raise ValueError(f"data.objective: must be next, masked or genome, not {objective!r}")
+    if objective == "genome" and len(paths) < 2:
+        raise ValueError(
+            "data.paths: to tell genomes apart there must be two or more, each a path of its own"
+        )
     if length < 1:
         raise ValueError(f"data.length: must be 1 or more, not {length}")
     if length_warmup != sorted(set(length_warmup)) or any(tokens < 1 for tokens in length_warmup):

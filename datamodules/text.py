@@ -61,7 +61,8 @@ class TextDataModule(DataModule):
             raise ValueError(f"data.length: must be 1 or more, not {length}")
         self.length, self.packing = length, packing
         sources, valid_sources = (
-            find_sources([given] if isinstance(given, str) else given or []) for given in (paths, valid_paths)
+            find_sources([given] if isinstance(given, str) else given or [], f"data.{key}")
+            for key, given in (("paths", paths), ("valid_paths", valid_paths))
         )
         if not sources:
             raise ValueError("data.paths: names nothing; give files, folders, globs or stdlib")

@@ -15,7 +15,8 @@ def check(name: str, overrides: list[str]) -> int:
     config = compose(find(name), overrides)
     config.pop("name", None)
     from .finetune import Start
-    from .launch import PRETRAINED, Launch, data_problems
+    from .launch import PRETRAINED, data_problems
+    from .train import launched
 
     with tempfile.TemporaryDirectory() as folder:
         start = None
@@ -24,7 +25,7 @@ def check(name: str, overrides: list[str]) -> int:
                 if PRETRAINED in (config.get("model") or {}):
                     start = Start(config)
                     config = start.complete(config, Path(folder))
-                launch = Launch(config)
+                launch = launched(config)
             if start is not None:
                 start.hand_over(launch, config)
         except (ValueError, OSError) as error:

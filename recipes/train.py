@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ from .runs import draw, latest_run, make_run, record, summarise, surroundings
 _FREE = ("model.optimizer.anomaly", "model.optimizer.spike")
 # the callbacks that a run without training needs, and the sections of a recipe that it reads anew
 _WATCHING, _MEASURED = ("progress",), ("data", "trainer")
+# what Lightning takes less of, and divides by or climbs up with
+_LEAST = {
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+}
 
 
 def fit(name: str, overrides: list[str]) -> int:
@@ -52,7 +60,7 @@ def _begin(recipe: Recipe, overrides: list[str], config: dict[str, Any], start: 
         config = compose(recipe, [*overrides, f"trainer.default_root_dir={run}"])
         if start is not None:
             config = start.complete(config, run)
-        launch = Launch(config)
+        launch = launched(config)
         _prepare(launch)
         if start is not None:
             start.hand_over(launch, config, say=main)
@@ -67,6 +75,26 @@ def _begin(recipe: Recipe, overrides: list[str], config: dict[str, Any], start: 
         if vocabulary and "json" in vocabulary:
             (run / TOKENIZER).write_text(vocabulary["json"], encoding="utf-8")
     return _train(launch, config, run, recipe.name)
+
+
+def launched(config: dict[str, Any]) -> Launch:
+    """The objects of a recipe; what Lightning objects to in its values is as wrong as what we do.
+
+    Raises:
+        ValueError: as `Launch` says.
+    """
+    for name, least in _LEAST.items():
+        value = (config.get("trainer") or {}).get(name)
+        if isinstance(value, int | float) and value < least:
+            raise ValueError(f"trainer.{name}: must be {least} or more, not {value}")
+    try:
+        return Launch(config)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if "lightning" not in Path(last.filename).parts:
+            raise
+        key = "seed_everything" if last.name == "seed_everything" else "trainer"
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
 def resume(name: str, overrides: list[str]) -> int:
@@ -85,7 +113,7 @@ def resume(name: str, overrides: list[str]) -> int:
         overrides = [*overrides, f"loggers.tensorboard.purge_step={step}"]
     config = _as_it_was(compose(recipe, [*overrides, place]), checkpoint)
     config.pop("name", None)
-    launch = Launch(config)
+    launch = launched(config)
     _prepare(launch)
     _must_fit(launch, checkpoint)
     os.environ["MAMBAZOO_RUN"] = str(run)
@@ -142,7 +170,7 @@ def baseline(name: str, overrides: list[str]) -> int:
     recipe = find(name)
     config = compose(recipe, overrides)
     config.pop("name", None)
-    launch = Launch(config)
+    launch = launched(config)
     _prepare(launch)
     found = False
     for what, value in launch.datamodule.baselines():
@@ -269,7 +297,7 @@ def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
         config["data"]["tokenizer"] = str(run / TOKENIZER)
     config["loggers"] = {}
     config["callbacks"] = {key: value for key, value in config["callbacks"].items() if key in _WATCHING}
-    launch = Launch(config)
+    launch = launched(config)
     _prepare(launch)
     _must_fit(launch, checkpoint)
     return launch, path

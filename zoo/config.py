@@ -365,6 +365,11 @@ class OptimizerConfig(Config):
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
         _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: must be from 0 to below 1, not {list(self.betas)}")
+        for name in ("weight_decay", "warmup_steps", "min_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name}: must be 0 or more, not {getattr(self, name)}")
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
@@ -374,10 +379,10 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
 
 
 def _unfold(values: dict[str, Any], where: str) -> dict[str, Any]:
-    if "size" not in values:
-        return values
     rest = {key: value for key, value in values.items() if key != "size"}
-    if values["size"] not in SIZES:
+    if values.get("size") is None:
+        return rest
+    if not isinstance(values["size"], str) or values["size"] not in SIZES:
         raise ValueError(f"{where}.size: {values['size']!r} is none of {', '.join(SIZES)}")
     return {**SIZES[values["size"]], **rest}
 

@@ -184,7 +184,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: str, every_n_steps: int, monitor: str = "val/loss", mode: str = "min") -> None:
         if mode not in ("min", "max"):
-            raise ValueError(f"mode: must be min or max, not {mode!r}")
+            raise ValueError(f"callbacks.checkpoints.mode: must be min or max, not {mode!r}")
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
         # whether validation was due when the checkpoint was taken, and has not been since
@@ -250,7 +250,7 @@ class Checkpoints(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             raise ValueError(
-                f"trainer.callbacks.checkpoints.monitor: validation measures no {self.monitor!r}; "
+                f"callbacks.checkpoints.monitor: validation measures no {self.monitor!r}; "
                 f"it measures {', '.join(sorted(trainer.callback_metrics))}"
             )
         now = float(value)

@@ -269,6 +269,7 @@ def test_opening_a_loader_draws_no_global_number(fasta: Path) -> None:
         ({"weights": [-1.0]}, "data.weights"),
         ({"weights": [math.nan]}, "data.weights"),
         ({"objective": "previous"}, "data.objective: must be next, masked or genome"),
+        ({"objective": "genome"}, "data.paths: to tell genomes apart there must be two or more"),
         ({"length": 0}, "data.length: must be 1 or more"),
         ({"length_warmup": [200, 100]}, "each greater than the one before"),
         ({"length_warmup": [100, 200, 300]}, "a length of 100 cannot be halved 3 times"),

@@ -274,6 +274,31 @@ def test_recipes_that_cannot_be_composed_are_explained(
             ["fit", "language/demo", "trainer.default_root_dir=/proc/x"],
             "/proc/x/language/demo cannot be written",
         ),
+        (["fit", "language/demo", "trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid"),
+        (["fit", "language/demo", "trainer.strategy=foo"], "trainer: You selected an invalid strategy name"),
+        (
+            ["check", "language/demo", "trainer.accelerator=foo"],
+            "trainer: You selected an invalid accelerator",
+        ),
+        (["fit", "language/demo", "seed_everything=-5"], "seed_everything: -5 is not in bounds"),
+        (
+            ["fit", "language/demo", "trainer.gradient_clip_val=-1"],
+            "trainer.gradient_clip_val: must be 0 or more",
+        ),
+        (["fit", "language/demo", "trainer.accumulate_grad_batches=0"], "must be 1 or more, not 0"),
+        (["fit", "language/demo", "data.num_workers=-1"], "data.num_workers: must be 0 or more, not -1"),
+        (
+            ["fit", "language/demo", "model.optimizer.betas=[2,3]"],
+            "optimizer.betas: must be from 0 to below 1",
+        ),
+        (
+            ["fit", "language/demo", "model.optimizer.warmup_steps=-1"],
+            "optimizer.warmup_steps: must be 0 or more",
+        ),
+        (
+            ["fit", "language/demo", "data.valid_paths=nowhere"],
+            "data.valid_paths: there is no file, folder or match for nowhere",
+        ),
         (["fit", "language/pretrain"], "data.paths: must be given"),
         (["resume", "runs/none"], "runs/none is no run folder"),
         (["generate", "runs/none"], "there is no checkpoint, model folder or run runs/none"),

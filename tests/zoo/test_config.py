@@ -100,6 +100,7 @@ def test_the_width_of_an_mlp_is_that_of_the_reference_package(d_model: int, widt
 def test_a_size_is_a_start_that_other_values_override() -> None:
     config = BackboneConfig.from_dict({"size": "mamba-130m", "n_layers": 2})
     assert (config.d_model, config.n_layers) == (768, 2)
+    assert BackboneConfig.from_dict({"size": None, "d_model": 8}).d_model == 8
 
 
 @pytest.mark.parametrize("size", SIZES)
