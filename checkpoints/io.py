@@ -96,6 +96,9 @@ def resolve(path: Path) -> Path:
     Raises:
         FileNotFoundError: when it stands for none.
     """
+    if path.name in (CONFIG, adapters.CONFIG, *WEIGHTS, adapters.WEIGHTS) and path.is_file():
+        # of a model folder, one of its files
+        path = path.parent
     if path.is_file() or any((path / name).is_file() for name in (CONFIG, adapters.CONFIG)):
         return path
     runs = [path] if (path / "checkpoints").is_dir() else []

@@ -112,6 +112,10 @@ def locate(path: str | Path, *, weights: bool = True) -> tuple[Path, Entry | Non
     entry = find(name)
     if entry is not None:
         return entry.place(weights=weights), entry
+    if (Path(_RUNS) / name).is_dir():
+        raise FileNotFoundError(
+            f"there is no checkpoint or model folder {name}, did you mean {_RUNS}/{name}?"
+        )
     owner, slash, rest = name.partition("/")
     local = owner == _RUNS or owner in ("", ".", "..", "~") or Path(owner).exists()
     if slash and "/" not in rest and not local and not name.endswith((".ckpt", ".yaml")):

@@ -114,7 +114,11 @@ def _run(given: list[str]) -> int:
 def _with_overrides(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("recipe", help=what)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="values to change, as in trainer.devices=4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="values to change, as in trainer.devices=4",
     )
 
 
@@ -124,6 +128,10 @@ def _ls(options: argparse.Namespace) -> int:
 
     recipes = [recipe for recipe in packaged() if recipe.runs and options.filter in recipe.name]
     models = [entry for entry in entries() if options.filter in entry.name]
+    if not recipes and not models:
+        raise ValueError(
+            f"no recipe and no model has {options.filter!r} in its name; `mambazoo ls` lists all"
+        )
     for recipe in recipes:
         print(f"{recipe.name:24} {recipe.head[0]}")
     if recipes and models:

@@ -17,6 +17,8 @@ from ..zoo.config import SIZES
 
 ROOT = Path(__file__).resolve().parent
 SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callbacks", "loggers", "plugins")
+# what files of recipes are called
+_ENDINGS = (".yaml", ".yml")
 # a run folder keeps the recipe it ran under this name
 KEPT = "recipe.yaml"
 # and what its test measured under this one
@@ -65,16 +67,40 @@ def find(name: str) -> Recipe:
         if recipe.name == name:
             return recipe
     path = Path(name).expanduser()
-    if (path / KEPT).is_file():
-        return Recipe(_kept_name(path), path / KEPT)
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
+    if path.is_file() and path.suffix in _ENDINGS:
         return Recipe(path.stem, path)
+    if path.exists():
+        try:
+            run = latest_run(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{name} is no recipe: give a {_ENDINGS[0]} file, a run folder, or a name that `mambazoo ls` lists"
+            ) from None
+        return Recipe(_kept_name(run), run / KEPT)
     from difflib import get_close_matches
 
     names = [recipe.name for recipe in packaged() if recipe.runs]
     close = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}?" if close else "`mambazoo ls` lists the recipes"
     raise FileNotFoundError(f"there is no recipe, file or run folder {name!r}; {hint}")
+
+
+def latest_run(path: Path) -> Path:
+    """A run folder, or the newest of the runs in runs/<recipe>.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    if (path / KEPT).is_file():
+        return path
+    runs = (
+        [run for run in path.iterdir() if run.name.isdigit() and (run / KEPT).is_file()]
+        if path.is_dir()
+        else []
+    )
+    if not runs:
+        raise FileNotFoundError(f"{path} is no run folder and holds none")
+    return max(runs, key=lambda run: int(run.name))
 
 
 def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
@@ -121,12 +147,20 @@ def copy(recipe: Recipe, path: Path) -> None:
     """Copy a recipe to edit it.
 
     Raises:
-        ValueError: when there is a file of that name.
+        ValueError: when there is a file of that name, or it is no name of a recipe.
+        OSError: when it cannot be written.
     """
     if path.exists():
         raise ValueError(f"{path} exists; name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(recipe.path.read_text(encoding="utf-8"), encoding="utf-8")
+    if path.suffix not in _ENDINGS:
+        raise ValueError(f"{path} must end in {' or '.join(_ENDINGS)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(recipe.path.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path} cannot be written ({error.strerror}); name another file"
+        ) from None
 
 
 def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
@@ -135,19 +169,26 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
     if path in below:
         raise ValueError(f"{path.name} extends itself: {' -> '.join(file.name for file in (*below, path))}")
     try:
-        own = OmegaConf.load(path)
+        own = _read(path)
     except FileNotFoundError:
         raise ValueError(f"{below[-1].name} extends {path}, which does not exist") from None
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
-    if not isinstance(own, DictConfig):
-        raise ValueError(f"{path} must hold sections such as model, data and trainer")
     extends = own.pop("extends", None) or []
     parts = [extends] if isinstance(extends, str) else list(extends)
-    files = [
-        path.parent / part if part.endswith((".yaml", ".yml")) else ROOT / f"{part}.yaml" for part in parts
-    ]
+    files = [path.parent / part if part.endswith(_ENDINGS) else ROOT / f"{part}.yaml" for part in parts]
     return reduce(_merge, (*(_load(file, (*below, path)) for file in files), own))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        found = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # with the line that it is in, which comes last
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, DictConfig):
+        raise ValueError(f"{path} must hold sections such as model, data and trainer")
+    return found
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
@@ -163,8 +204,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
 def _kept_name(run: Path) -> str:
     """The name of the recipe that a run folder, runs/<name>/<number>, was made from."""
-    kept = OmegaConf.load(run / KEPT)
-    return str(kept.get("name", run.name)) if isinstance(kept, DictConfig) else run.name
+    return str(_read(run / KEPT).get("name", run.name))
 
 
 def _first_line(error: Exception) -> str:

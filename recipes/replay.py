@@ -30,7 +30,7 @@ def run(arguments: Namespace) -> int:
 
     from ..zoo.finetune import FineTuning
     from ..zoo.saving import newest_checkpoint, read_checkpoint
-    from .runs import latest_run
+    from .find import latest_run
     from .train import reopen
 
     if arguments.step < 1:

@@ -139,7 +139,7 @@ def _lines(source: str) -> Path | None:
 
 
 def _run(source: str) -> Path:
-    from .runs import latest_run
+    from .find import latest_run
 
     return latest_run(Path(source))
 

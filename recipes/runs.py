@@ -62,24 +62,6 @@ def _make_run(root: Path, name: str) -> Path:
     return parent / str(number)
 
 
-def latest_run(path: Path) -> Path:
-    """A run folder, or the newest of the runs in runs/<recipe>.
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
-    if (path / KEPT).is_file():
-        return path
-    runs = (
-        [run for run in path.iterdir() if run.name.isdigit() and (run / KEPT).is_file()]
-        if path.is_dir()
-        else []
-    )
-    if not runs:
-        raise FileNotFoundError(f"{path} is no run folder and holds none")
-    return max(runs, key=lambda run: int(run.name))
-
-
 def record(run: Path, name: str, config: dict[str, Any]) -> None:
     """Keep what the run is made of: its recipe and its surroundings."""
     kept = {"name": name, **_portable(config, f"{run}/")}

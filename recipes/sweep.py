@@ -50,7 +50,9 @@ class Cell(NamedTuple):
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="a packaged recipe or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to change in every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="values to change in every run"
+    )
     parser.add_argument(
         "--over",
         action="append",
@@ -169,9 +171,8 @@ def _train(
     verb: str, recipe: str, name: str, values: list[str], root: Path, stopping: _Stopping, *, test: bool
 ) -> dict[str, Any]:
     """Take a cell to its end from where it is; return what its line says of that."""
-    from .find import TESTED
+    from .find import TESTED, latest_run
     from .results import outcome
-    from .runs import latest_run
 
     def newest() -> Path | None:
         try:

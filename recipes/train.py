@@ -18,11 +18,11 @@ from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import SECTIONS, TESTED, Recipe, compose, find, flat
+from .find import SECTIONS, TESTED, Recipe, compose, find, flat, latest_run
 from .finetune import Start, complete_backbone, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first, starter
-from .runs import draw, latest_run, make_run, record, summarise, surroundings
+from .runs import draw, make_run, record, summarise, surroundings
 
 # what of the model a resumed run may change: it is no part of any state
 _FREE = ("model.optimizer.anomaly", "model.optimizer.spike")

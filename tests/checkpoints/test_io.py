@@ -185,6 +185,15 @@ def test_a_config_without_its_sections_is_named(tmp_path: Path, change: dict[str
         load(path)
 
 
+def test_a_file_of_a_model_folder_stands_for_it(tmp_path: Path) -> None:
+    path = folder(tmp_path / "model")
+    for name in ("model.safetensors", "config.json"):
+        assert read(path / name).place == path
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint, model folder or run"):
+        read(tmp_path / "config.json")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (Path("exploded"),))

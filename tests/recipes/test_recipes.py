@@ -214,7 +214,8 @@ def test_a_recipe_extends_files_beside_it(tmp_path: Path) -> None:
             "extends itself: a.yaml -> b.yaml -> a.yaml",
         ),
         ({"a.yaml": "extends: nothing.yaml"}, [], "a.yaml extends .*nothing.yaml, which does not exist"),
-        ({"a.yaml": "x: [1"}, [], "cannot be read as YAML"),
+        ({"a.yaml": "x: [1"}, [], r"cannot be read as YAML: .*, line 1, column"),
+        ({"a.yaml": "5"}, [], "cannot be read as YAML"),
         ({"a.yaml": "- 1"}, [], "must hold sections"),
         ({"a.yaml": "x: ${y.z}"}, [], "x: Interpolation key 'y.z' not found"),
         ({"a.yaml": "x: {y: '???'}"}, [], "x.y: must be given"),
@@ -318,6 +319,29 @@ def test_a_mistake_costs_a_line_and_code_2(
     assert "Traceback" not in result.err
     # nothing half-made stays
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_is_there_and_not_what_it_is_taken_for_is_said(mambazoo: Command) -> None:
+    Path("file.txt").touch()
+    for run, text in (("run", "name: x"), ("runs/language/demo/3", "name: language/demo"), ("bad", "x: [")):
+        Path(run).mkdir(parents=True)
+        Path(run, "recipe.yaml").write_text(text)
+    for arguments, message in (
+        (["show", "file.txt"], "file.txt is no recipe: give a .yaml file, a run folder, or a name"),
+        (["fit", "runs/language"], "runs/language is no recipe"),
+        (["cp", "language/demo", "other.txt"], "other.txt must end in .yaml or .yml"),
+        (["cp", "language/demo", "file.txt/a.yaml"], "file.txt/a.yaml cannot be written"),
+        (["ls", "nothing"], "no recipe and no model has 'nothing' in its name"),
+        (["show", "bad"], "bad/recipe.yaml cannot be read as YAML"),
+        (["resume", "bad"], "bad/checkpoints holds no whole checkpoint"),
+        (["info", "language/demo"], "did you mean runs/language/demo?"),
+        (["fit"], "the following arguments are required: recipe\n"),
+    ):
+        result = mambazoo(*arguments)
+        assert (result.code, message in result.err) == (2, True), result.err
+        assert "Traceback" not in result.err
+    # of runs/<recipe> the newest
+    assert mambazoo("show", "runs/language/demo").out == "name: language/demo\n"
 
 
 def test_check_finds_everything_at_once(mambazoo: Command) -> None:
