@@ -10,7 +10,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..zoo.config import SIZES
@@ -117,9 +117,11 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"{override!r} is not key=value, as in trainer.max_steps=1000")
         try:
-            config = _merge(config, OmegaConf.from_dotlist([override]))
+            layer = OmegaConf.from_dotlist([override])
+            config = _merge(config, layer)
         except Exception as error:
             raise ValueError(f"{key}: {value!r} cannot be set here ({_first_line(error)})") from None
+        _check_sections(layer)
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -172,8 +174,11 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
         own = _read(path)
     except FileNotFoundError:
         raise ValueError(f"{below[-1].name} extends {path}, which does not exist") from None
+    _check_sections(own, f"{path.name}, ")
     extends = own.pop("extends", None) or []
-    parts = [extends] if isinstance(extends, str) else list(extends)
+    parts = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parts, list | ListConfig) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{path.name}, extends: must be a name or a list of names, not {extends}")
     files = [path.parent / part if part.endswith(_ENDINGS) else ROOT / f"{part}.yaml" for part in parts]
     return reduce(_merge, (*(_load(file, (*below, path)) for file in files), own))
 
@@ -189,6 +194,14 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(found, DictConfig):
         raise ValueError(f"{path} must hold sections such as model, data and trainer")
     return found
+
+
+def _check_sections(layer: DictConfig, where: str = "") -> None:
+    """Raise ValueError where a section is something else than keys with values, or nothing."""
+    for key in ("vars", *SECTIONS[1:]):
+        value = OmegaConf.select(layer, key, throw_on_resolution_failure=False)
+        if not isinstance(value, DictConfig | None):
+            raise ValueError(f"{where}{key}: must be a section of keys, not {value}")
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:

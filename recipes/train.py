@@ -93,7 +93,8 @@ def launched(config: dict[str, Any]) -> Launch:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if "lightning" not in Path(last.filename).parts:
             raise
-        key = "seed_everything" if last.name == "seed_everything" else "trainer"
+        of = {"seed": "seed_everything", "cli": "class_path"}
+        key = of.get(Path(last.filename).stem, "trainer")
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
 
 

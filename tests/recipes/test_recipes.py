@@ -216,6 +216,10 @@ def test_a_recipe_extends_files_beside_it(tmp_path: Path) -> None:
         ({"a.yaml": "extends: nothing.yaml"}, [], "a.yaml extends .*nothing.yaml, which does not exist"),
         ({"a.yaml": "x: [1"}, [], r"cannot be read as YAML: .*, line 1, column"),
         ({"a.yaml": "5"}, [], "cannot be read as YAML"),
+        ({"a.yaml": "extends: [5]"}, [], r"a.yaml, extends: must be a name or a list of names, not \[5\]"),
+        ({"a.yaml": "model: 5"}, [], "a.yaml, model: must be a section of keys, not 5"),
+        ({"a.yaml": "extends: language/demo\ndata: []"}, [], r"data: must be a section of keys, not \[\]"),
+        ({"a.yaml": "x: 1"}, ["trainer=x"], "trainer: must be a section of keys, not x"),
         ({"a.yaml": "- 1"}, [], "must hold sections"),
         ({"a.yaml": "x: ${y.z}"}, [], "x: Interpolation key 'y.z' not found"),
         ({"a.yaml": "x: {y: '???'}"}, [], "x.y: must be given"),
@@ -280,6 +284,10 @@ def test_recipes_that_cannot_be_composed_are_explained(
         (
             ["check", "language/demo", "trainer.accelerator=foo"],
             "trainer: You selected an invalid accelerator",
+        ),
+        (
+            ["fit", "language/demo", "model.class_path=torch.nn.Linear"],
+            "class_path: Cannot add arguments from",
         ),
         (["fit", "language/demo", "seed_everything=-5"], "seed_everything: -5 is not in bounds"),
         (
