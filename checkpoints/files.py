@@ -1,8 +1,10 @@
 """Weights as files: read where they lie, without a copy, and written whole or not at all. No code is ever run."""
 
+import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..zoo.saving import read_tensors, sync_folder
-from .remote import WEIGHTS, shards
+from .remote import CARD, CONFIG, TOKENIZER, WEIGHTS, shards
+
+# the weights of a folder that is written here, and what else may lie in it
+_WEIGHTS = {*WEIGHTS, "adapter.safetensors"}
+_BESIDE = {CARD, CONFIG, TOKENIZER, "tokenizer_config.json", "recipe.yaml", "metrics.json", "adapter.json"}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -48,10 +54,17 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def write_folder(
     folder: Path, weights: dict[str, Tensor], texts: dict[str, str], name: str = WEIGHTS[0]
 ) -> None:
-    """Write weights and texts, by file name, to a folder that is there whole or not at all; it replaces one that is."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    """Write weights and texts, by file name, to a folder that is there whole or not at all; it replaces a model's.
+
+    Raises:
+        ValueError: see `check_replaced`.
+        OSError: when it cannot be written.
+    """
+    check_replaced(folder, texts)
+    given, folder, building = folder, folder.resolve(), None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
         for file, text in texts.items():
             (building / file).write_text(text, encoding="utf-8")
         if name.endswith(".safetensors"):
@@ -68,8 +81,27 @@ def write_folder(
             shutil.rmtree(folder)
         os.rename(building, folder)
         sync_folder(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        code, reason = getattr(error, "errno", errno.EIO), getattr(error, "strerror", str(error))
+        raise OSError(code, f"{given} cannot be written ({reason})") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def check_replaced(folder: Path, own: Iterable[str] = ()) -> None:
+    """Raise ValueError where a folder that is to be replaced holds anything but a model, or files of `own` names."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is there and no folder; name another")
+    found = {path.name for path in folder.iterdir()}
+    other = found - _WEIGHTS - _BESIDE - set(own)
+    if not found & _WEIGHTS:
+        # a card and a config are there of other things too
+        other = found
+    if other:
+        raise ValueError(f"{folder} holds {min(other)}, which is no part of a model; name another folder")
 
 
 def _once(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,15 +39,17 @@ def write(checkpoint: str, layout: str, folder: Path, dtype: str | None = None) 
     """
     import torch
 
+    from ..checkpoints.files import check_replaced
     from ..checkpoints.io import export, read, save
-    from ..checkpoints.remote import CARD, CONFIG, TOKENIZER
+    from ..checkpoints.remote import CARD, TOKENIZER
     from ..datamodules.vocab import Bytes, vocabulary_from_dict
     from ..zoo.optim import is_state_space
 
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())
-    ):
-        raise ValueError(f"--output: {folder} is there and no model folder; name another")
+    folder = folder.expanduser()
+    try:
+        check_replaced(folder)
+    except ValueError as error:
+        raise ValueError(f"--output: {error}") from None
     stored = read(checkpoint)
     if dtype is not None:
         wanted = getattr(torch, dtype)

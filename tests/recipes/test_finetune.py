@@ -340,12 +340,27 @@ def test_export_and_import_are_each_others_inverse(mambazoo: Command, base: Path
         with torch.no_grad():
             expected = from_pretrained(base, dtype=torch.bfloat16)(tokens)[0]
             assert torch.equal(model(tokens)[0], expected)
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("years of work")
-    code, _, err = mambazoo("export", str(base), "--output", "mine")
-    assert code == 2
-    assert "--output: mine is there and no model folder" in err
-    assert Path("mine/thesis.txt").exists()
+    # a config of its own makes no model of a folder, nor do weights of all that lies in it
+    for beside in ((), ("config.json",), ("config.json", "model.safetensors")):
+        Path("mine").mkdir(exist_ok=True)
+        for name in (*beside, "thesis.txt"):
+            Path("mine", name).write_text("years of work")
+        for output in ("mine", "mine/../mine"):
+            code, _, err = mambazoo("export", str(base), "--output", output)
+            assert code == 2
+            assert f"--output: {output} holds " in err
+            assert "which is no part of a model; name another folder" in err
+        assert Path("mine/thesis.txt").read_text() == "years of work"
+    Path("only").mkdir()
+    for name in ("README.md", "config.json"):
+        Path("only", name).touch()
+    for output, message in (
+        ("only", "only holds README.md, which is no part of a model"),
+        ("mine/thesis.txt", "mine/thesis.txt is there and no folder; name another"),
+        ("mine/thesis.txt/x", "mambazoo: mine/thesis.txt/x cannot be written"),
+    ):
+        code, _, err = mambazoo("export", str(base), "--output", output)
+        assert (code, message in err) == (2, True), err
 
 
 def test_a_model_of_sound_hears_what_it_was_trained_on(
