@@ -9,7 +9,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 NAME, SUMMARY = "bench", "time training and generation against what else is installed"
@@ -27,14 +26,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the median counts")
     parser.add_argument("--no-peers", action="store_true", help="time this package alone")
-    parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--output", help="append the JSON lines to this file")
 
 
 def run(arguments: Namespace) -> int:
     import torch
 
     from . import bench_gpu
+    from .dna import check_output
 
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats: must be 1 or more, not {arguments.repeats}")
+    output = None if arguments.output is None else check_output(arguments.output)
     on_gpu = torch.cuda.is_available()
     suites = bench_gpu.SUITES if on_gpu else {"train": _train, "length": _length, "generate": _generate}
     for name in arguments.suite:
@@ -60,8 +63,8 @@ def run(arguments: Namespace) -> int:
             rows.append(row)
             line = json.dumps({**row, **known})
             print(json.dumps(row), flush=True)
-            if arguments.output:
-                with arguments.output.open("a") as file:
+            if output is not None:
+                with output.open("a") as file:
                     file.write(line + "\n")
     print("\n" + table(rows))
     return 0

@@ -77,7 +77,7 @@ def check_output(given: str, *endings: str) -> Path:
         ValueError: when it does not end in what can be written, or its folder cannot be written to.
     """
     path = Path(given).expanduser()
-    if not path.name.endswith(endings):
+    if endings and not path.name.endswith(endings):
         raise ValueError(f"--output: {given} must end in {' or '.join(endings)}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--output: {given} cannot be written; is its folder there?")

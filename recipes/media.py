@@ -17,8 +17,8 @@ _WIDTH = 70
 class Text:
     """Text on standard output, as it is written where there is but one; or in a file."""
 
-    # what names of files may end in
-    endings: tuple[str, ...] = ("",)
+    # what names of files may end in, if not in anything
+    endings: tuple[str, ...] = ()
 
     def __init__(self, words: Vocabulary, output: Path | None) -> None:
         self.words, self.output = words, output

@@ -38,6 +38,8 @@ def run(arguments: Namespace) -> int:
     folder = latest_run(Path(arguments.run)) / "checkpoints"
     newest = read_checkpoint(newest_checkpoint(folder)[0])
     path = Path(arguments.checkpoint) if arguments.checkpoint else _before(folder, arguments.step)
+    if path.parent.resolve() != folder.resolve():
+        raise ValueError(f"--checkpoint: {path} is none of this run's, which are in {folder}")
     # one process reads what all ranks did
     one = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto")
     alone = ["data.num_workers=0", *(f"trainer.{option}" for option in one)]

@@ -30,17 +30,26 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    output: Path | None = arguments.output
+    if output is not None:
+        output = output.expanduser() / PAGE if output.is_dir() else output
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"--output: {output.parent} cannot be made ({error.strerror}); name another"
+            ) from None
     files = [path for path in map(_lines, arguments.source) if path]
     runs = [_run(source) for source in arguments.source if not _lines(source)]
     if not files and len(runs) == 1:
-        page = write_run(runs[0], arguments.output)
+        page = write_run(runs[0], output)
         print(page.read_text(encoding="utf-8") + f"\n{page}")
         return 0
     rows = [row for file in files for row in results.read(file)] + compare(runs)
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, files))}: there is no whole line of a result in it")
     alone = len(files) == 1 and not runs
-    page = write_page(
-        [*files, *runs], rows, arguments.output or (files[0].parent if alone else Path()) / PAGE
-    )
+    page = write_page([*files, *runs], rows, output or (files[0].parent if alone else Path()) / PAGE)
     print(page.read_text(encoding="utf-8") + f"\n{page}")
     return 0
 

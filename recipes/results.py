@@ -41,7 +41,7 @@ def read(path: Path) -> list[Row]:
         ValueError: for a line that is no result; the message names it.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:

@@ -22,7 +22,7 @@ from .find import SECTIONS, TESTED, Recipe, compose, find, flat, latest_run
 from .finetune import Start, complete_backbone, save_adapter
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first, starter
-from .runs import draw, make_run, record, summarise, surroundings
+from .runs import draw, environment, make_run, record, summarise, surroundings
 
 # what of the model a resumed run may change: it is no part of any state
 _FREE = ("model.optimizer.anomaly", "model.optimizer.spike")
@@ -133,6 +133,8 @@ def validate(name: str, overrides: list[str]) -> int:
         results = launch.trainer.validate(
             launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
         )
+    if not results:
+        raise ValueError("trainer.limit_val_batches: leaves nothing to measure")
     print(json.dumps(results[0], indent=2))
     return 0
 
@@ -147,6 +149,8 @@ def test(name: str, overrides: list[str]) -> int:
         results = launch.trainer.test(
             launch.model, launch.datamodule, ckpt_path=path, weights_only=True, verbose=False
         )
+    if not results:
+        raise ValueError("trainer.limit_test_batches: leaves nothing to measure")
     measured = {name.removeprefix("test/"): value for name, value in results[0].items()}
     kept = json.dumps(measured, indent=2).encode()
     write_whole(Path(str(launch.trainer.default_root_dir)) / TESTED, lambda file: file.write(kept))
@@ -261,7 +265,11 @@ def _finish(launch: Launch, config: dict[str, Any], run: Path, name: str) -> Non
 
 def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
     """The README of a model folder."""
-    env = surroundings(run)
+    try:
+        env = surroundings(run)
+    except ValueError:
+        # what it started in is lost, and no reason to lose its end
+        env = environment()
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(summary["val"].items()))
     where = f"at commit {env['commit'] or 'unknown'} on {', '.join(env['hardware'])}"
     return (

@@ -343,6 +343,10 @@ def test_what_is_there_and_not_what_it_is_taken_for_is_said(mambazoo: Command) -
         (["show", "bad"], "bad/recipe.yaml cannot be read as YAML"),
         (["resume", "bad"], "bad/checkpoints holds no whole checkpoint"),
         (["info", "language/demo"], "did you mean runs/language/demo?"),
+        (["report", "file.txt"], "file.txt: there is no whole line of a result in it"),
+        (["report", "run", "--output", "file.txt/a.md"], "--output: file.txt cannot be made"),
+        (["bench", "--output", "file.txt/a"], "--output: file.txt/a cannot be written"),
+        (["bench", "--repeats", "0"], "--repeats: must be 1 or more, not 0"),
         (["fit"], "the following arguments are required: recipe\n"),
     ):
         result = mambazoo(*arguments)

@@ -63,6 +63,10 @@ def test_a_step_is_replayed_exactly(
     assert "with the weights after step 4" in command(
         capsys, "replay", "runs/small", "--step", "9", "--checkpoint", "runs/small/1/checkpoints/last.ckpt"
     )
+    other = ["--step", "1", "--checkpoint", "elsewhere/last.ckpt"]
+    assert "--checkpoint: elsewhere/last.ckpt is none of this run's, which are in" in command(
+        capsys, "replay", "runs/small", *other, code=2
+    )
     assert "--step: must be 1 or more" in command(capsys, "replay", "runs/small", "--step", "0", code=2)
     assert "was data.batch_size changed" in command(
         capsys, "replay", changed(Path("runs/small/1")), "--step", "2", code=2

@@ -288,6 +288,10 @@ def test_a_tokenizer_that_was_trained_stays_with_its_run(
 def test_a_run_that_is_measured_takes_only_what_is_read_anew(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["test", str(whole), "trainer.limit_test_batches=0"])
+    assert exit_.value.code == 2
+    assert "trainer.limit_test_batches: leaves nothing to measure" in capsys.readouterr().err
     for override in ("callbacks.checkpoints.mode=max", "model.optimizer.lr=1", "loggers.csv=null"):
         with pytest.raises(SystemExit) as exit_:
             main(["test", str(whole), override])
@@ -307,7 +311,9 @@ def test_a_resumed_run_cannot_change_what_its_state_decides(whole: Path) -> None
 
 def test_a_folder_that_moved_is_still_a_run(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "summary.json").unlink()
+    # of which the end needs neither
+    for name in ("summary.json", "env.json"):
+        (tmp_path / "elsewhere" / name).unlink()
     finish(start(tmp_path, "resume", "elsewhere", "trainer.max_steps=32"))
     assert json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["steps"] == 32
     assert json.loads((whole / "summary.json").read_text())["steps"] == STEPS
