@@ -4,12 +4,14 @@ Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong, 75 a rank w
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,11 +106,23 @@ def _run(given: list[str]) -> int:
         # before what takes long to import
         tie_ranks()
         logging.basicConfig(format="%(message)s")
-        from . import train
+        with _ending_at_once():
+            from . import train
 
         call: Callable[[str, list[str]], int] = getattr(train, options.verb)
         return call(options.recipe, options.overrides)
     return {"ls": _ls, "show": _show, "cp": _cp, "check": _check}[options.verb](options)
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process: C++ that is being imported makes an ImportError of it, which others pass over."""
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if raises:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    if raises:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _with_overrides(parser: argparse.ArgumentParser, what: str) -> None:

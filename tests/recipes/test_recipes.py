@@ -1,6 +1,8 @@
 """Recipes as files, and the command that runs them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -366,6 +368,19 @@ def test_check_finds_everything_at_once(mambazoo: Command) -> None:
         "model.x", "data.paths", "trainer.max_step", "data.batch_size", "callbacks.progress.y",
         "model.backbone.d_model", "foo",
     }  # fmt: skip
+
+
+def test_an_interrupt_among_imports_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time\n    time.sleep(0)\n"
+        "except KeyboardInterrupt:\n    raise ImportError\n"
+    )
+    path = os.pathsep.join(
+        filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"), str(ROOT.parent / ".path")))
+    )
+    command = [sys.executable, "-m", "mambazoo", "fit", "language/demo", "data.paths=/nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 def test_ls_show_and_cp_need_no_torch(tmp_path: Path) -> None:
