@@ -196,9 +196,11 @@ def _message(error: Exception) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by this package's own code, and so says what to do; others keep their trace."""
+    """Whether an error says what to do: our own code raised it, or the system, of a file; others keep their trace."""
     if os.environ.get("MAMBAZOO_TRACEBACK"):
         return False
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(
         Path(__file__).resolve().parents[1]

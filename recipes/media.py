@@ -85,6 +85,13 @@ class Fasta(Text):
 
     endings = (".fa", ".fasta", ".fna")
 
+    def encode(self, prompt: bytes) -> list[int]:
+        if prompt.lstrip().startswith(b">"):
+            raise ValueError(
+                "--prompt: give the letters of a sequence alone, without the header that FASTA has"
+            )
+        return super().encode(prompt)
+
     def content(self) -> str:
         if self.output is None:
             return super().content()

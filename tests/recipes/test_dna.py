@@ -548,6 +548,8 @@ def test_what_cannot_be_generated_is_said(mambazoo: Command, model: GenomeModel)
     save_pretrained(model, Nucleotides().to_dict() | {"objective": "masked"}, Path("masked"))
     for checkpoint, more, message in (
         ("model", ["--prompt", "ACX"], "'X' is no base"),
+        ("model", ["--prompt", ">one\nACGT"], "--prompt: give the letters of a sequence alone"),
+        ("model", ["--seconds", "1"], "which writes letters; it takes --max-new-tokens"),
         ("model", ["--output", "a.txt"], "--output: a.txt must end in .fa or .fasta or .fna"),
         ("model", ["--device", "gpu"], "--device: a model cannot be put on 'gpu'"),
         ("both", ["--output", "a.fa"], "has no state"),

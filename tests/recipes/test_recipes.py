@@ -358,6 +358,24 @@ def test_what_is_there_and_not_what_it_is_taken_for_is_said(mambazoo: Command) -
     assert mambazoo("show", "runs/language/demo").out == "name: language/demo\n"
 
 
+def test_what_the_system_says_of_a_file_is_passed_on(
+    mambazoo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("file").write_text("some text " * 100)
+    Path("some.txt").write_text("some text " * 100)
+    Path("some.fa").write_text(">x\n" + "ACGT" * 100)
+    monkeypatch.setenv("MAMBAZOO_CACHE", "file")
+    for arguments, message in (
+        (["fit", "language/demo", "data.paths=some.txt"], "file/"),
+        (["fit", "genomics/demo", "data.paths=some.fa"], "file/"),
+        (["sweep", "language/demo", "trainer.default_root_dir=file"], "file/language/demo/sweep-"),
+    ):
+        result = mambazoo(*arguments)
+        assert result.code == 2
+        assert result.err.startswith(f"mambazoo: {message}")
+        assert result.err.endswith(": Not a directory\n")
+
+
 def test_check_finds_everything_at_once(mambazoo: Command) -> None:
     result = mambazoo(
         "check", "language/demo", "model.x=1", "data.paths=/nowhere", "trainer.max_step=1", "data.batch_size=x",
