@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..zoo.config import SIZES
+from ..zoo.config import SIZES, nearest
 
 ROOT = Path(__file__).resolve().parent
 SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callbacks", "loggers", "plugins")
@@ -116,6 +116,10 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not key=value, as in trainer.max_steps=1000")
+        named = config.get("vars") or {}
+        if key.startswith("vars.") and (name := key.split(".")[1]) not in named:
+            # nothing reads it
+            raise ValueError(f"{key}: there is no such key{nearest(name, map(str, named))}")
         try:
             layer = OmegaConf.from_dotlist([override])
             config = _merge(config, layer)

@@ -227,6 +227,8 @@ def test_a_recipe_extends_files_beside_it(tmp_path: Path) -> None:
         ({"a.yaml": "x: {y: '???'}"}, [], "x.y: must be given"),
         ({"a.yaml": "x: 1"}, ["x"], "'x' is not key=value"),
         ({"a.yaml": "x: 1"}, ["x=[1"], r"x: '\[1' cannot be set"),
+        ({"a.yaml": "vars: {length: 1}"}, ["vars.lenght=5"], "no such key, did you mean 'length'?"),
+        ({"a.yaml": "x: 1"}, ["vars.length=5"], "vars.length: there is no such key"),
     ],
 )
 def test_recipes_that_cannot_be_composed_are_explained(
