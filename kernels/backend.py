@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "torch", "reference")
 # what every Triton kernel reads; double precision goes to the torch back end, as complex numbers mostly do
@@ -22,7 +23,7 @@ def choose(
     Where Triton has no kernel for their dtypes, those it always reads and `also`, "triton" gives way to "torch".
 
     Raises:
-        ValueError: for an unknown name, and for "triton" where it cannot run.
+        ValueError: for an unknown name, for "triton" where it cannot run, and under a transform of torch.func.
     """
     on_gpu = x.is_cuda
     name = (
@@ -30,6 +31,11 @@ def choose(
     )
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    if name != "reference" and not torch.compiler.is_compiling() and _is_transformed():
+        raise ValueError(
+            f"backend {name!r} has a gradient, but no rule for torch.func, vmap and derivatives in forward mode: "
+            'call it without them, or use backend "reference"'
+        )
     if name == "triton":
         if not _HAS_TRITON or not (on_gpu or os.environ.get("TRITON_INTERPRET") == "1"):
             raise ValueError(
@@ -39,6 +45,11 @@ def choose(
         if any(t.dtype not in (*_TRITON_DTYPES, *also) for t in (x, *others) if t is not None):
             return "torch"
     return name
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work, under which an operator without a rule fails or leaves zeros."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def launching_on(x: Tensor) -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import conv_torch, reference
-from .checks import count_sequences, expect
+from .checks import check_tensor, check_written, count_sequences, expect
 
 # the widths that conv_triton is written for; the others go to the torch back end
 _TRITON_WIDTHS = (2, 3, 4)
@@ -65,10 +65,16 @@ def causal_conv1d_update(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Convolve one token x (b, d) with the k - 1 before it, state (b, k - 1, d), moved on in place; return y (b, d)."""
-    expect("x", x, x.device, (state.shape[0], state.shape[-1]))
+    """Convolve one token x (b, d) with the k - 1 before it, state (b, k - 1, d), moved on in place; return y (b, d).
+
+    It has no gradient.
+    """
+    check_tensor("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be (b, d), not {tuple(x.shape)}")
     _check(x.unsqueeze(1), weight, bias, activation)
     expect("state", state, x.device, (x.shape[0], weight.shape[1] - 1, x.shape[1]))
+    check_written("state", state)
     name = _choose(backend, x, weight, bias, state)
     if name == "reference":
         y, new_state = reference.causal_conv1d(
@@ -189,6 +195,8 @@ _conv_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight)
     if x.ndim != 3:
         raise ValueError(f"x must be (b, l, d), not {tuple(x.shape)}")
     d = x.shape[2]

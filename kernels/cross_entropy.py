@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference
-from .checks import expect
+from .checks import INTEGERS, REAL, check_tensor, expect
 
 # what one chunk of logits may take, in bytes: on a GPU enough for large products, on a CPU little, for its caches
 CHUNK, CPU_CHUNK = 2**30, 2**24
@@ -39,13 +39,13 @@ def linear_cross_entropy(
     Raises:
         ValueError: when shapes do not fit; the message names the argument.
     """
+    check_tensor("y", y)
     if y.ndim == 0:
         raise ValueError("y must be (..., d), not ()")
     expect("weight", weight, y.device, (None, y.shape[-1]))
-    expect("targets", targets, y.device, tuple(y.shape[:-1]))
-    expect("token_weights", token_weights, y.device, tuple(y.shape[:-1]))
-    if targets.is_floating_point():
-        raise ValueError(f"targets must be integers, not {targets.dtype}")
+    expect("targets", targets, y.device, tuple(y.shape[:-1]), dtypes=INTEGERS)
+    counts = (*REAL, *INTEGERS, torch.bool)
+    expect("token_weights", token_weights, y.device, tuple(y.shape[:-1]), dtypes=counts)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     if not 0 < vocab_size <= weight.shape[0]:
         raise ValueError(
@@ -63,7 +63,7 @@ def linear_cross_entropy(
         return total, losses.detach()
     grad = torch.is_grad_enabled()
     total, losses, _, _ = _loss(
-        y.reshape(-1, y.shape[-1]),
+        y.reshape(targets.numel(), y.shape[-1]),
         weight,
         targets.flatten().long(),
         None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference
-from .checks import expect
+from .checks import check_tensor, expect
 
 
 def rms_norm(
@@ -29,12 +29,14 @@ def rms_norm(
     Raises:
         ValueError: when shapes do not fit; the message names the argument.
     """
+    check_tensor("x", x)
     if x.ndim == 0:
         raise ValueError("x must be (..., d), not ()")
     expect("weight", weight, x.device, (x.shape[-1],))
     expect("residual", residual, x.device, tuple(x.shape))
     expect("gate", gate, x.device, tuple(x.shape))
-    name = backends.choose(backend, x, weight, residual, gate)
+    # of nothing the reference alone makes nothing without further care
+    name = backends.choose("reference" if x.numel() == 0 else backend, x, weight, residual, gate)
     if name == "reference":
         return reference.rms_norm(x, weight, residual=residual, gate=gate, eps=eps)
     # without a gradient to register or a graph to trace, a call of the function itself costs less

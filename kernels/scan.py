@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference, scan_torch
-from .checks import check_discretization, count_sequences, expect
+from .checks import NUMBERS, check_discretization, check_states, check_tensor, count_sequences, expect
 
 # what the Triton kernels take beside real numbers
 TRITON_ALSO = {"euler": (torch.complex64,), "zoh": ()}
@@ -223,8 +223,10 @@ def _check(
     cu_seqlens: Tensor | None,
     discretization: str,
 ) -> None:
-    if u.ndim != 3 or not u.is_floating_point():
-        raise ValueError(f"u must be (b, l, d) and floating point, not {tuple(u.shape)} {u.dtype}")
+    check_tensor("u", u)
+    check_tensor("A", A, NUMBERS)
+    if u.ndim != 3:
+        raise ValueError(f"u must be (b, l, d), not {tuple(u.shape)}")
     (b, l, d), n = u.shape, A.shape[-1] if A.ndim else 0
     real = torch.promote_types(u.dtype, torch.float32)
     complex_ = torch.promote_types(real, torch.complex32)
@@ -233,12 +235,11 @@ def _check(
             f"A must be (d, n) = ({d}, n) in {real} or {complex_}, not {tuple(A.shape)} {A.dtype}: "
             "keep A in full precision under mixed precision"
         )
-    if not 1 <= n <= 256:
-        raise ValueError(f"A has n = {n} states a channel; 1 to 256 are supported")
+    check_states(n)
     states = count_sequences(cu_seqlens, u)
     expect("delta", delta, u.device, (b, l, d), (d,))
     for name, matrix in (("B", B), ("C", C)):
-        expect(name, matrix, u.device, (b, l, n), (b, l, None, n), (d, n))
+        expect(name, matrix, u.device, (b, l, n), (b, l, None, n), (d, n), dtypes=NUMBERS)
         if matrix.ndim == 4 and d % matrix.shape[2]:
             raise ValueError(f"{name} has {matrix.shape[2]} groups, which do not divide d = {d} channels")
         if matrix.is_complex() != A.is_complex():
@@ -249,14 +250,16 @@ def _check(
         raise ValueError(
             f"B has {B.shape[2]} groups and C has {C.shape[2]}: give them the same number, or one of them 1"
         )
-    for name, vector in (("A", A), ("B_bias", B_bias), ("D", D), ("delta_bias", delta_bias)):
-        expect(name, vector, u.device, (d, n) if name in ("A", "B_bias") else (d,))
+    for name, vector in (("D", D), ("delta_bias", delta_bias)):
+        expect(name, vector, u.device, (d,))
+    expect("A", A, u.device, (d, n), dtypes=NUMBERS)
+    expect("B_bias", B_bias, u.device, (d, n), dtypes=NUMBERS)
     if B_bias is not None and B_bias.dtype != A.dtype:
         raise ValueError(f"B_bias must be {A.dtype}, as A is, not {B_bias.dtype}")
     if B_bias is not None and B.ndim == 2:
         raise ValueError("B_bias must come beside a selective B; add it to a constant one")
     expect("z", z, u.device, (b, l, d))
-    expect("initial_state", initial_state, u.device, (states, d, n))
+    expect("initial_state", initial_state, u.device, (states, d, n), dtypes=NUMBERS)
     if initial_state is not None and initial_state.dtype != A.dtype:
         raise ValueError(f"initial_state must be {A.dtype}, as A is, not {initial_state.dtype}")
     check_discretization(discretization)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference
-from .checks import check_discretization, expect
+from .checks import NUMBERS, check_discretization, check_states, check_tensor, check_written, expect
 
 
 def selective_state_update(
@@ -35,6 +35,9 @@ def selective_state_update(
     Raises:
         ValueError: when shapes do not fit; the message names the argument.
     """
+    for name, matrix in (("state", state), ("A", A), ("B", B), ("C", C)):
+        check_tensor(name, matrix, NUMBERS)
+    check_tensor("u", u)
     B, C = (matrix.unsqueeze(1) if matrix.ndim == 2 else matrix for matrix in (B, C))
     _check(state, u, delta, A, B, C, D, z, delta_bias, discretization)
     name = backends.choose(backend, u, state, delta, A, B, C, D, z, delta_bias)
@@ -44,9 +47,10 @@ def selective_state_update(
         )
         state.copy_(new_state)
         return y
-    # an operator is what compilers and exporters need to see; a call of the function itself costs less
-    update = _update_op if torch.compiler.is_compiling() else _update
-    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization, name)
+    tensors = (state, u, delta, A, B, C, D, z, delta_bias)
+    # an operator is what compilers and exporters need to see, and views that negate; a call of the function costs less
+    seen = torch.compiler.is_compiling() or any(x is not None and x.is_neg() for x in tensors)
+    return (_update_op if seen else _update)(*tensors, delta_softplus, discretization, name)
 
 
 @torch.no_grad()
@@ -139,8 +143,10 @@ def _check(
             f"{state.dtype} beside {tuple(A.shape)} {A.dtype}"
         )
     b, d, n = state.shape
-    expect("A", A, u.device, (d, n))
-    expect("state", state, u.device, (b, d, n))
+    check_states(n)
+    expect("A", A, u.device, (d, n), dtypes=NUMBERS)
+    expect("state", state, u.device, (b, d, n), dtypes=NUMBERS)
+    check_written("state", state)
     expect("u", u, u.device, (b, d))
     expect("delta", delta, u.device, (b, d), (d,))
     expect("z", z, u.device, (b, d))
@@ -148,7 +154,7 @@ def _check(
     expect("delta_bias", delta_bias, u.device, (d,))
     check_discretization(discretization)
     for name, matrix in (("B", B), ("C", C)):
-        expect(name, matrix, u.device, (b, None, n), (1, None, n))
+        expect(name, matrix, u.device, (b, None, n), (1, None, n), dtypes=NUMBERS)
         if d % matrix.shape[1]:
             raise ValueError(f"{name} has {matrix.shape[1]} groups, which do not divide d = {d} channels")
         if matrix.is_complex() != A.is_complex():

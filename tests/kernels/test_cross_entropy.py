@@ -115,6 +115,13 @@ def test_the_operator_passes_opcheck_and_compiles() -> None:
         assert torch.equal(a, b)
 
 
+def test_vectors_without_channels_tell_words_apart_by_nothing() -> None:
+    y, weight, targets = torch.randn(2, 3, 0, requires_grad=True), torch.randn(7, 0), torch.randint(7, (2, 3))
+    total, _ = linear_cross_entropy(y, weight, targets)
+    total.backward()
+    torch.testing.assert_close(total, 6 * torch.tensor(7.0).log())
+
+
 def test_wrong_arguments_are_named() -> None:
     y, weight, targets = problem(3, 5)
     with pytest.raises(ValueError, match="weight must be"):

@@ -105,11 +105,12 @@ def test_norm_takes_gradients_of_any_strides() -> None:
         assert_close(f"d{name}", one, other, 1e-5)
 
 
-def test_norm_of_no_rows() -> None:
-    p = norm_problem(0, 24, x=BF16, residual=F32)
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0)])
+def test_norm_of_nothing(shape: tuple[int, ...]) -> None:
+    p = norm_problem(*shape, x=BF16, residual=F32)
     y, stream = rms_norm(**p, backend="triton")
     (y.sum() + stream.sum()).backward()
-    assert y.shape == p["x"].grad.shape == (0, 24)  # type: ignore[union-attr]
+    assert y.shape == p["x"].grad.shape == shape  # type: ignore[union-attr]
     assert torch.equal(p["weight"].grad, torch.zeros_like(p["weight"]))  # type: ignore[arg-type]
 
 

@@ -90,6 +90,13 @@ def test_update_reads_slices_and_writes_the_state_where_they_are() -> None:
     compare(p | {"state": apart}, delta_softplus=True)
 
 
+def test_update_reads_views_that_negate() -> None:
+    p = step_problem()
+    p["A"] = torch.complex(p["A"], p["A"].abs()).conj().imag
+    assert p["A"].is_neg()
+    compare(p)
+
+
 def test_update_takes_steps_of_any_size() -> None:
     extremes = [-200.0, -87.0, -30.0, -15.0, -5.0, -1e-3, 0.0, 1e-3, 1.0, 19.9, 20.1, 90.0, 1e4]
     d = len(extremes)
