@@ -1,0 +1,35 @@
+"""Kernels compiled for GPUs that are not there."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs Triton's compiler",
+)
+
+
+@pytest.fixture
+def registers() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "registers.py"
+    spec = importlib.util.spec_from_file_location("registers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_kernel_has_a_row_of_registers_and_spills(registers: ModuleType) -> None:
+    target = registers.GPUTarget("cuda", 90, 32)
+    kernels = registers.kernels_of(registers.CALLS["one token, bf16, d = 1536, n = 16"], target)
+    rows = [registers.row("a token", name, kernel) for name, kernel in kernels.items()]
+    assert [row.split("|")[2].strip() for row in rows] == ["`_update_kernel`", "`_conv_update_kernel`"]
+    for row in rows:
+        registers_used, spills = (int(cell) for cell in row.split("|")[4:6])
+        assert 16 < registers_used < 256
+        assert spills == 0
