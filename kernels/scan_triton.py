@@ -227,13 +227,9 @@ class _Scan:
             "EVEN": self.size % channels == 0 and self.n == self.N,
         }
         given = {key: value for key, value in (self.arguments | cut).items() if key in kernel.arg_names}
-        kernel[(chunks * self.groups * blocks,)](
-            **given,
-            **own,
-            num_warps=self.warps,
-            # the exact hold and tiles of constant matrices need all there are
-            maxnreg=tile.registers if self.plain else 255,
-        )
+        # the exact hold and tiles of constant matrices need all registers there are; only NVIDIA's compiler is told
+        limit = {"maxnreg": tile.registers if self.plain else 255} if torch.version.cuda else {}
+        kernel[(chunks * self.groups * blocks,)](**given, **own, **limit, num_warps=self.warps)
 
     def summarize(self, kernel: Any, *, whole: bool, **own: Any) -> None:
         """Run a kernel that says what each chunk makes of zero; of the last that it comes to only if it is `whole`."""

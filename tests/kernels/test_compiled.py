@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -22,6 +23,19 @@ def registers() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_kernels_compile_for_amd(registers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    target = registers.GPUTarget("hip", "gfx942", 64)
+    calls = [
+        call
+        for of, call in registers.CALLS.items()
+        if not of.startswith("scan") or of.endswith("bf16, n = 16")
+    ]
+    found = [kernel for call in calls for kernel in registers.kernels_of(call, target).values()]
+    assert len(found) > 15
+    assert all(kernel.asm["hsaco"] for kernel in found)
 
 
 def test_a_kernel_has_a_row_of_registers_and_spills(registers: ModuleType) -> None:
