@@ -126,8 +126,9 @@ def scan(
     B_bias: bool = False,
     constant: bool = False,
     discretization: str = "euler",
+    b: int = 1,
+    l: int = 512,
 ) -> None:
-    b, l = 1, 512
     selective = (d, n) if constant else (b, l, n) if groups is None else (b, l, groups, n)
     wide = matrix or F32
     given: dict[str, Any] = {name: random(b, l, d, dtype=dtype) for name in ("u", "delta", "z")}

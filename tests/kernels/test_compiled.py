@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -25,8 +26,13 @@ def registers() -> ModuleType:
     return module
 
 
-def test_kernels_compile_for_amd(registers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _without_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
+
+
+@pytest.mark.usefixtures("_without_nvidia")
+def test_kernels_compile_for_amd(registers: ModuleType) -> None:
     target = registers.GPUTarget("hip", "gfx942", 64)
     calls = [
         call
@@ -36,6 +42,19 @@ def test_kernels_compile_for_amd(registers: ModuleType, monkeypatch: pytest.Monk
     found = [kernel for call in calls for kernel in registers.kernels_of(call, target).values()]
     assert len(found) > 15
     assert all(kernel.asm["hsaco"] for kernel in found)
+
+
+@pytest.mark.usefixtures("_without_nvidia")
+def test_no_kernel_is_compiled_anew_for_a_length(registers: ModuleType) -> None:
+    target = registers.GPUTarget("hip", "gfx942", 64)
+    calls = [
+        partial(registers.scan, torch.bfloat16, b=b, l=l) for b, l in ((1, 512), (3, 517), (1, 1), (2, 4097))
+    ]
+    first, *others = [registers.kernels_of(call, target) for call in calls]
+    assert len(first) == 7
+    for other in others:
+        # a row of one chunk has no states to find
+        assert [name for name, kernel in other.items() if kernel is not first[name]] == []
 
 
 def test_a_kernel_has_a_row_of_registers_and_spills(registers: ModuleType) -> None:
