@@ -76,7 +76,9 @@ class Task(L.LightningModule):
             raise ValueError("trainer.max_steps: give the number of optimiser steps; the schedule ends there")
         if str(self.trainer.precision).startswith("16"):
             # its gradients are of a scaled loss, which neither clipping nor the guard knows
-            raise ValueError(f"trainer.precision: must be bf16-mixed or 32-true, not {self.trainer.precision}")
+            raise ValueError(
+                f"trainer.precision: must be bf16-mixed or 32-true, not {self.trainer.precision}"
+            )
         optimizer, schedule = build_optimizer(self, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
