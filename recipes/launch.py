@@ -98,9 +98,10 @@ class Launch(LightningCLI):
         return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        for section, argument in (("loggers", "logger"), ("plugins", "plugins")):
+        # without a logger Lightning would make one of its own
+        for section, argument, none in (("loggers", "logger", False), ("plugins", "plugins", None)):
             objects = self._get(self.config_init, section)
-            kwargs[argument] = list(vars(objects).values()) if objects else None
+            kwargs[argument] = list(vars(objects).values()) if objects else none
         return super().instantiate_trainer(**kwargs)
 
 

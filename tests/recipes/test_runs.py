@@ -285,6 +285,17 @@ def test_a_tokenizer_that_was_trained_stays_with_its_run(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_without_loggers_leaves_none_of_the_trainers_own(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = ("trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.accumulate_grad_batches=1")
+    out = command(capsys, "fit", str(recipe), "loggers=null", *steps)
+    assert "none, nothing was logged" in out
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("lightning_logs", "metrics.csv")]
+
+
 def test_a_run_that_is_measured_takes_only_what_is_read_anew(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
