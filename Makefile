@@ -28,9 +28,11 @@ demo: setup
 	@$(BIN)/mambazoo baseline audio/demo
 	@$(BIN)/mambazoo generate runs/audio/demo --seconds 3 --output runs/audio/demo/heard
 
+# the Triton kernels are interpreted beside the rest, on another core
 test: setup
-	@$(BIN)/python -m pytest
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton
+	@log=$$(mktemp); TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton >$$log 2>&1 & other=$$!; \
+		trap "kill $$other" INT TERM; $(BIN)/python -m pytest; one=$$?; \
+		wait $$other; two=$$?; cat $$log; rm $$log; exit $$((one || two))
 
 check: setup
 	@$(BIN)/ruff check

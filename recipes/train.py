@@ -106,9 +106,9 @@ def resume(name: str, overrides: list[str]) -> int:
         print(f"passed over: {problem}", file=sys.stderr)
     recipe = find(str(run))
     place = f"trainer.default_root_dir={run}"
-    kept = compose(recipe, [place])
-    _refuse_changes(compose(recipe, [*overrides, place]), kept)
     checkpoint = read_checkpoint(path)
+    kept = _as_it_was(compose(recipe, [place]), checkpoint)
+    _refuse_changes(_as_it_was(compose(recipe, [*overrides, place]), checkpoint), kept)
     step = checkpoint["global_step"]
     if (kept.get("loggers") or {}).get("tensorboard"):
         overrides = [*overrides, f"loggers.tensorboard.purge_step={step}"]

@@ -193,7 +193,7 @@ def test_every_field_of_the_table_is_one_of_the_backbone() -> None:
         ),
         (
             {"d_model": 8, "n_layer": 1, "vocab_size": 9, "d_intermediate": "x"},
-            "d_mlp: must be a whole number, not 'x'",
+            "d_mlp: must be a whole number or null, not 'x'",
         ),
         (
             {"model_type": "mamba", "vocab_size": 9, "hidden_size": "x"},

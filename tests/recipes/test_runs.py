@@ -365,8 +365,10 @@ def test_a_run_is_the_model_it_was_where_a_default_has_changed(whole: Path, tmp_
     assert measured["val/bits_per_byte"] == pytest.approx(summary["val"]["bits_per_byte"], rel=1e-6)
     finish(start(tmp_path, "resume", "elsewhere", "trainer.max_steps=32"))
     assert json.loads((run / "summary.json").read_text())["steps"] == 32
-    output = finish(start(tmp_path, "validate", "elsewhere", "model.backbone.n_layers=3"), 2)
-    assert "backbone.n_layers: the checkpoint has 2, the recipe 3" in output
+    output = finish(
+        start(tmp_path, "resume", "elsewhere", "model.backbone.n_layers=3", "trainer.max_steps=40"), 2
+    )
+    assert "model.backbone.n_layers: is 2 in this run and cannot become 3" in output
 
 
 def test_the_golden_curve_holds(whole: Path) -> None:
