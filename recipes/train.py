@@ -307,8 +307,6 @@ def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     config["loggers"] = {}
     config["callbacks"] = {key: value for key, value in config["callbacks"].items() if key in _WATCHING}
     launch = launched(config)
-    # Lightning makes a logger of its own where there is none, and that a folder in the run
-    launch.trainer.loggers = []
     _prepare(launch)
     _must_fit(launch, checkpoint)
     return launch, path
