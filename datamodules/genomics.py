@@ -291,9 +291,10 @@ def _has_bases(part: Stretches) -> bool:
     )
 
 
-def pad(rows: list[NDArray[Any]], value: int) -> NDArray[Any]:
-    """Put rows under each other, (b, l), the shorter ones filled with `value`."""
-    padded = np.full((len(rows), max(map(len, rows))), value, dtype=rows[0].dtype)
+def pad(rows: list[NDArray[Any]], value: int, multiple: int = 1) -> NDArray[Any]:
+    """Put rows under each other, (b, l) with l a multiple of so many, the shorter ones filled with `value`."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    padded = np.full((len(rows), length), value, dtype=rows[0].dtype)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded

@@ -174,6 +174,8 @@ class LabelledSequenceDataModule(DataModule):
         genome: for .bed, the FASTA or GenBank files that they speak of.
         label: the column of tables that is the label.
         length: bases a sequence; of longer ones the middle is read, and how many there are is logged.
+        fill: pad every row to `length`, not to the longest beside it: how much of a row is padding then tells how long
+            its own sequence is (model.pooling=mean sees that), and batches have one shape.
         reverse_complement: read every other training sequence, by lot, on the opposite strand.
         batch_size, num_workers, seed: see DataModule.
     """
@@ -190,6 +192,7 @@ class LabelledSequenceDataModule(DataModule):
         genome: str | list[str] | None = None,
         label: str = "label",
         length: int = 1024,
+        fill: bool = False,
         batch_size: int = 32,
         reverse_complement: bool = False,
         num_workers: int = 0,
@@ -201,7 +204,7 @@ class LabelledSequenceDataModule(DataModule):
         for key, given in (("valid", valid), ("test", test)):
             if isinstance(given, float | int) and not 0 < given < 1:
                 raise ValueError(f"data.{key}: a fraction must be between 0 and 1, not {given}")
-        self.length, self.reverse_complement = length, reverse_complement
+        self.length, self.fill, self.reverse_complement = length, fill, reverse_complement
         self.selections = {"val": valid} if test is None else {"val": valid, "test": test}
         self.files: dict[str, list[Path]] = {"train": _find(paths, "data.paths")}
         for split, given in self.selections.items():
@@ -279,7 +282,7 @@ class LabelledSequenceDataModule(DataModule):
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [tokens_of(row["sequence"]) for row in rows]
         return {
-            "inputs": torch.from_numpy(pad(sequences, PAD)),
+            "inputs": torch.from_numpy(pad(sequences, PAD, self.length if self.fill else 1)),
             "labels": torch.tensor([row["label"] for row in rows]),
             "lengths": torch.tensor([len(sequence) for sequence in sequences]),
         }

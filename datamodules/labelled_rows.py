@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _ARRAYS = {"tokens": "uint8", "ends": "int64", "labels": "int64"}
 # a change of the format on disk changes every key
 _FORMAT = 1
+# tokens that the length of a batch is a multiple of, so that its shape is one of a few, of which graphs are recorded
+_MULTIPLE = 128
 
 
 class Rows(NamedTuple):
@@ -62,9 +64,9 @@ class LabelledRows:
 class LabelledRowsDataModule(DataModule):
     """Rows of up to `length` tokens below 256, each of one of `classes`.
 
-    A batch has `inputs` (b, l), padded at the end, `labels` (b,) and `lengths` (b,); in training, of rows of about one
-    length (order.SimilarBatches). A subclass says what decides the rows (`digest`) and makes them (`make_rows`). After
-    `setup`, `majority` is the share of the commonest class.
+    A batch has `inputs` (b, l), padded at the end to a multiple of 128, `labels` (b,) and `lengths` (b,); in training,
+    of rows of about one length (order.SimilarBatches). A subclass says what decides the rows (`digest`) and makes them
+    (`make_rows`). After `setup`, `majority` is the share of the commonest class.
 
     Args:
         classes: the name of each.
@@ -129,7 +131,7 @@ class LabelledRowsDataModule(DataModule):
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         # of 16 bits, for a byte and a padding that is none
-        inputs = pad([row["tokens"].astype(np.int16) for row in rows], self.padding)
+        inputs = pad([row["tokens"].astype(np.int16) for row in rows], self.padding, _MULTIPLE)
         return {
             "inputs": torch.from_numpy(inputs),
             "labels": torch.tensor([row["label"] for row in rows]),

@@ -122,7 +122,11 @@ class _Scan:
         self.size = self.d // self.groups
         self.N = max(2, triton.next_power_of_2(self.n))
         # sums over channels go through the matrix units where they need not be more exact than what they end up in
-        self.mma = self.N == 16 and all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
+        self.mma = (
+            self.N == 16
+            and not self.complex
+            and all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
+        )
         self.plain = discretization == "euler" and B_bias is None and all(x.ndim > 2 for x in (delta, B, C))
         # warps of a program read the same B and C from the cache nearest to them
         self.warps = next((w for w in (4, 2) if self.mma and self.size % (64 * w) == 0), 1)

@@ -1,6 +1,7 @@
-"""How sequences lie in memory: (b, l, d) with channels side by side, or packed one after the other in one row."""
+"""How sequences lie in memory: (b, l, d) with channels side by side, a row each or packed into one row."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,41 @@ def joined(first: Tensor, second: Tensor, l: int) -> Tensor:
     both = torch.cat([first, l + second[1:]])
     _mark_seen(both, 2 * l)
     return both
+
+
+def reverse(x: Tensor, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Reverse every sequence of x (b, l, ...) where it lies: rows, the first lengths (b,) of them, or packed ones."""
+    if lengths is None and cu_seqlens is None:
+        return x.flip(1)
+    t = torch.arange(x.shape[1], device=x.device)
+    if lengths is not None:
+        order = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
+        rows = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        return _rearrange(x, (rows + order).flatten())
+    assert cu_seqlens is not None
+    bounds = cu_seqlens.long()
+    sequence = torch.searchsorted(bounds, t, right=True) - 1
+    return _rearrange(x, bounds[sequence] + bounds[sequence + 1] - 1 - t)
+
+
+def _rearrange(x: Tensor, order: Tensor) -> Tensor:
+    """Positions of x (b, l, ...) in another order (b l,), which leads back when it is taken twice."""
+    y: Tensor = _Rearrange.apply(x, order)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Rearrange(torch.autograd.Function):
+    """So that gradients are read in order, as values are, where PyTorch would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x.flatten(0, 1).index_select(0, order).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return _rearrange(dy, order), None
 
 
 def _without_values(cu_seqlens: Tensor) -> bool:

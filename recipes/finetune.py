@@ -21,7 +21,7 @@ from .launch import FINETUNE, PRETRAINED, Launch, import_class
 log = logging.getLogger(__name__)
 
 # what beside a backbone decides which weights a model has
-_OF_SHAPE = ("tie_embeddings", "patch")
+_OF_SHAPE = ("tie_embeddings", "patch", "filters")
 # what makes a code of sound what it is
 _OF_SOUND = ("sample_rate", "encoding")
 

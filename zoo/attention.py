@@ -60,20 +60,19 @@ class Attention(Mixer):
     def mix(
         self, projected: Tensor, *, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, AttentionState | None]:
-        qkv = projected.unflatten(-1, (3, self.heads, self.d_head)).permute(2, 0, 3, 1, 4)
-        y, state = self._look(qkv, state, cu_seqlens)
-        return y.transpose(1, 2).flatten(2), state
-
-    def _look(
-        self, qkv: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, AttentionState | None]:
-        """What tokens (3, b, h, l, d_head) see, (b, h, l, d_head), and the state after them."""
+        qkv = self._apart(projected)
         if cu_seqlens is None:
-            return self._attend(qkv, state)
-        if state is None and torch.compiler.is_compiling():
+            y, state = self._attend(qkv, state)
+        elif state is None and torch.compiler.is_compiling():
             # a compiler cannot read where sequences begin
-            return self._attend_at_once(qkv, cu_seqlens), None
-        return self._attend_one_by_one(qkv, state, cu_seqlens)
+            y, state = self._attend_at_once(qkv, cu_seqlens), None
+        else:
+            y, state = self._attend_one_by_one(qkv, state, cu_seqlens)
+        return _joined(y), state
+
+    def _apart(self, projected: Tensor) -> Tensor:
+        """Queries, keys and values of every head, (3, b, h, l, d_head)."""
+        return projected.unflatten(-1, (3, self.heads, self.d_head)).permute(2, 0, 3, 1, 4)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, 1, self.d_head)).unbind(1)
@@ -161,6 +160,47 @@ class BidirectionalAttention(Attention):
     A token sees as many others ahead as back. It sees the future, so that there is no state and no step.
     """
 
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        y, _ = self.mix(self.in_proj(x), state=state, cu_seqlens=cu_seqlens, lengths=lengths)
+        return self.out_proj(y), None
+
+    def mix(
+        self,
+        projected: Tensor,
+        *,
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        if state is not None:
+            refuse_a_state()
+        q, k, v = self._apart(projected)
+        places = torch.arange(q.shape[2], device=q.device)
+        # only distances count, so that a place in the row does for one in its sequence
+        q, k = _turn(q, places), _turn(k, places)
+        if cu_seqlens is None:
+            # who is there to be seen; of an empty row its first position, which nobody asks for
+            there = None if lengths is None else places < lengths.clamp(min=1)[:, None]
+            y = self._see(q, k, v, there)
+        elif torch.compiler.is_compiling():
+            seen = ((places[:, None] - places).abs() < self.window) & _together(places, cu_seqlens)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            parts = [
+                self._see(*(x[:, :, start:end] for x in (q, k, v)))
+                for start, end in pairwise(boundaries(cu_seqlens, q.shape[2]))
+                if start < end
+            ]
+            y = torch.cat(parts, 2) if parts else v
+        return _joined(y), None
+
     def step(self, x: Tensor, state: AttentionState) -> NoReturn:
         refuse_a_state()
 
@@ -169,40 +209,28 @@ class BidirectionalAttention(Attention):
     ) -> NoReturn:
         refuse_a_state()
 
-    def _look(
-        self, qkv: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, None]:
-        if state is not None:
-            refuse_a_state()
-        q, k, v = qkv
-        places = torch.arange(q.shape[2], device=q.device)
-        # only distances count, so that a place in the row does for one in its sequence
-        q, k = _turn(q, places), _turn(k, places)
-        if cu_seqlens is None:
-            return self._see(q, k, v), None
-        if torch.compiler.is_compiling():
-            seen = ((places[:, None] - places).abs() < self.window) & _together(places, cu_seqlens)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen), None
-        parts = [
-            self._see(*(x[:, :, start:end] for x in (q, k, v)))
-            for start, end in pairwise(boundaries(cu_seqlens, q.shape[2]))
-            if start < end
-        ]
-        return torch.cat(parts, 2) if parts else v, None
-
-    def _see(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What tokens of one sequence (b, h, l, d_head) see of each other; of a long one, some tokens at a time."""
+    def _see(self, q: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None) -> Tensor:
+        """What tokens of sequences (b, h, l, d_head) see of those that are there (b, l); long ones in parts."""
         l, window = q.shape[2], self.window
+        mask = None if there is None else there[:, None, None]
         if l <= window:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         places, parts = torch.arange(l, device=q.device), []
         for start in range(0, l, self.PART):
             end = min(start + self.PART, l)
             near = slice(max(0, start - window + 1), end + window - 1)
             seen = (places[start:end, None] - places[near]).abs() < window
+            if mask is not None:
+                # who sees nobody behind the end of a row sees itself, and nobody asks what
+                seen = seen & mask[..., near] | (places[start:end, None] == places[near])
             rows = (q[:, :, start:end], k[:, :, near], v[:, :, near])
             parts.append(F.scaled_dot_product_attention(*rows, attn_mask=seen))
         return torch.cat(parts, 2)
+
+
+def _joined(y: Tensor) -> Tensor:
+    """What every head (b, h, l, d_head) says, side by side (b, l, d_model)."""
+    return y.transpose(1, 2).flatten(2)
 
 
 def _together(places: Tensor, cu_seqlens: Tensor) -> Tensor:

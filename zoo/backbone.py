@@ -43,15 +43,17 @@ class Blocks(nn.Module):
         *,
         state: list[Any] | None = None,
         cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Any] | None]:
         """Add x (b, l, d_model) to the stream; return the same pair after the blocks and, if one came in, the state."""
         states = []
         for i, layer in enumerate(self.blocks):
             before = None if state is None else state[i]
             if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x, residual, after = checkpoint(layer, x, residual, before, cu_seqlens, use_reentrant=False)
+                given = (x, residual, before, cu_seqlens, lengths)
+                x, residual, after = checkpoint(layer, *given, use_reentrant=False)
             else:
-                x, residual, after = layer(x, residual, before, cu_seqlens)
+                x, residual, after = layer(x, residual, before, cu_seqlens, lengths)
             states.append(after)
         return x, residual, None if state is None else states
 
@@ -83,21 +85,30 @@ class Backbone(Blocks):
             self.norm_f = build_norm(config)
 
     def forward(
-        self, x: Tensor, *, state: list[Any] | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[Any] | None]:
         """Return y and, if a state came in, the state after the last step.
 
         With cu_seqlens, int32 (s + 1,) beside b = 1, x holds s sequences that do not see each other, and so do states.
+        With lengths (b,) the first so many positions of a row are its sequence, and do not see what pads it.
         """
         if state is not None:
             self._require_a_state()
-        strands, packed = self.config.reverse_complement, cu_seqlens is not None
+        strands, packed, own = self.config.reverse_complement, cu_seqlens is not None, lengths
         if strands:
-            x, cu_seqlens = split_strands(x, cu_seqlens)
-        x, residual, state = self.stream(x, state=state, cu_seqlens=cu_seqlens)
+            x, cu_seqlens, lengths = split_strands(x, cu_seqlens, lengths)
+        if self.config.bidirectional is None:
+            # who reads ahead alone does not see what is behind
+            lengths = None
+        x, residual, state = self.stream(x, state=state, cu_seqlens=cu_seqlens, lengths=lengths)
         y = self._leave(x, residual)
         if strands:
-            y = join_strands(y, packed=packed)
+            y = join_strands(y, own, packed=packed)
         return y, state
 
     def step(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:

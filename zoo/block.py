@@ -65,11 +65,18 @@ class Block(nn.Module):
             self.mlp = MLP(config.d_model, width)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, state: Any = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        state: Any = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """x (b, l, d_model) is to be added to the residual stream; return the same pair one layer on, and the state."""
         x, residual = self._enter(self.norm, x, residual)
-        x, state = self.mixer(x, state=state, cu_seqlens=cu_seqlens)
+        # where a row ends matters to what sees both sides alone
+        ends = {} if lengths is None else {"lengths": lengths}
+        x, state = self.mixer(x, state=state, cu_seqlens=cu_seqlens, **ends)
         x, residual = self._leave(self.norm, x, residual)
         x, residual = self._feed_forward(x, residual)
         return x, residual, state

@@ -14,7 +14,7 @@ from torchmetrics.classification import (
 )
 
 from .config import BackboneConfig, nearest
-from .frontends import Patches, TokenEmbedding
+from .frontends import Filterbank, Patches, TokenEmbedding
 from .heads import IGNORE, POOLINGS, pool
 from .ranks import ranks, sum_over_ranks
 from .strands import complement_table, reverse_complement
@@ -39,6 +39,7 @@ class SequenceClassifier(Task):
             are numbers; complement is needed for a backbone that reads both strands and for average_strands.
         features: how many numbers an input has.
         patch: how many neighbouring inputs the backbone sees as one vector.
+        filters: of samples of sound, through so many filters, rather than as they are (frontends.Filterbank).
         pooling: masked (the mean over a sequence's own positions), mean (over its padding too), or last.
         class_weights: what a sequence of each class counts in the loss.
         average_strands: when measuring and predicting, average the logits of a sequence and its reverse complement
@@ -58,6 +59,7 @@ class SequenceClassifier(Task):
         complement: list[int] | None = None,
         features: int = 1,
         patch: int = 1,
+        filters: int | None = None,
         pooling: str = "masked",
         class_weights: list[float] | None = None,
         average_strands: bool = False,
@@ -69,6 +71,12 @@ class SequenceClassifier(Task):
             raise ValueError(f"model.num_classes: must be from 2 to {_MOST}, not {num_classes}")
         if patch < 1 or features < 1:
             raise ValueError(f"model.patch, model.features: must be 1 or more, not {patch} and {features}")
+        if filters is not None and (filters < 1 or vocab_size is not None or features != 1 or patch < 2):
+            raise ValueError(
+                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float), of which model.patch, 2 "
+                f"or more, make a vector; not {filters} beside model.patch={patch} and "
+                f"{f'{features} features' if vocab_size is None else f'{vocab_size} codes'}"
+            )
         if config.reverse_complement and (patch > 1 or vocab_size is None):
             raise ValueError(
                 "model.backbone.reverse_complement: is for one base after the other; leave out model.patch"
@@ -89,6 +97,7 @@ class SequenceClassifier(Task):
                 "complement": complement,
                 "features": features,
                 "patch": patch,
+                "filters": filters,
                 "pooling": pooling,
                 "class_weights": class_weights,
                 "average_strands": average_strands,
@@ -107,8 +116,10 @@ class SequenceClassifier(Task):
         if vocab_size is not None:
             strands = table if config.reverse_complement else None
             self.embedding = TokenEmbedding(vocab_size, config.d_model, strands)
-        self.patches: Patches | None = None
-        if patch > 1 or vocab_size is None:
+        self.patches: Patches | Filterbank | None = None
+        if filters is not None:
+            self.patches = Filterbank(filters, patch, config.d_model)
+        elif patch > 1 or vocab_size is None:
             self.patches = Patches(features if vocab_size is None else config.d_model, patch, config.d_model)
         self.backbone = build_backbone(config)
         self.classifier = nn.Linear(config.d_model, num_classes)
@@ -129,12 +140,8 @@ class SequenceClassifier(Task):
                 inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
                 x, lengths = x * inside.unsqueeze(-1), -(-lengths // self.patches.size)
             x = self.patches(x)
-        if lengths is None or config.causal:
-            y, _ = self.backbone(x)
-        else:
-            # what is read from its end must not start in the padding: that is a sequence of its own
-            y, _ = self.backbone(x.flatten(0, 1)[None], cu_seqlens=_bounds(lengths, x.shape[1]))
-            y = y.view(*x.shape[:2], -1)
+        # a causal model does not see what pads its rows
+        y, _ = self.backbone(x) if config.causal else self.backbone(x, lengths=lengths)
         return self.classifier(pool(y, self.pooling, lengths, strands=config.reverse_complement))
 
     def predict(self, batch: Batch) -> Tensor:
@@ -194,10 +201,3 @@ class SequenceClassifier(Task):
     def _weight(self, labels: Tensor) -> Tensor:
         """What the labels that there are count together."""
         return self.class_weights[labels[labels != IGNORE]].sum()
-
-
-def _bounds(lengths: Tensor, l: int) -> Tensor:
-    """The boundaries of sequences of a padded batch laid end to end, each followed by its padding (2 b + 1,)."""
-    starts = torch.arange(len(lengths), device=lengths.device) * l
-    bounds = torch.stack([starts, starts + lengths], dim=1).flatten()
-    return F.pad(bounds, (0, 1), value=len(lengths) * l).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Compiling the backbone for training: what PyTorch fuses, and CUDA graphs where launches are what a step waits for."""
+"""Making the backbone faster to train: what PyTorch fuses, and CUDA graphs where launches are what a step waits for."""
 
 from typing import Any
 
@@ -6,11 +6,13 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 
+from .backbone import Blocks
 from .block import Block
 from .context import ContextParallel
+from .graphs import Graphs
 from .sharding import FullySharded
 
-MODES = ("default", "reduce-overhead")
+MODES = ("default", "reduce-overhead", "graphs")
 
 
 class Compile(L.Callback):
@@ -18,7 +20,9 @@ class Compile(L.Callback):
 
     Args:
         mode: null leaves it as it is; default fuses; reduce-overhead also captures CUDA graphs, which pays where the
-            model is small. Either compiles during the first steps, anew in every process, for a minute or so.
+            model is small. Either compiles during the first steps, anew in every process, for a minute or so. graphs
+            compiles nothing: it records what runs anyway, to the bit, for each shape of a batch (graphs.py), and where
+            there is no GPU it leaves the backbone as it is.
     """
 
     def __init__(self, mode: str | None = None) -> None:
@@ -27,7 +31,7 @@ class Compile(L.Callback):
                 f"callbacks.compile.mode: must be null or one of {', '.join(MODES)}, not {mode!r}"
             )
         self.mode = mode
-        self.graphs = mode == "reduce-overhead"
+        self.graphs = mode in ("reduce-overhead", "graphs")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.mode is None or stage != "fit":
@@ -42,6 +46,8 @@ class Compile(L.Callback):
                 "callbacks.compile.mode: PyTorch's LSTM cannot be compiled; set it to null, or leave lstm out"
             )
         device = trainer.strategy.root_device
+        if self.mode == "graphs" and device.type != "cuda":
+            return
         if self.graphs and device.type != "cuda":
             raise ValueError(
                 f"callbacks.compile.mode: reduce-overhead captures CUDA graphs and cannot run on {device.type}; "
@@ -52,14 +58,22 @@ class Compile(L.Callback):
                 "callbacks.compile.mode: with context, ranks talk inside a layer, which cannot be compiled; "
                 "set it to null"
             )
+        if self.graphs and isinstance(trainer.strategy, FullySharded):
+            raise ValueError(
+                "callbacks.compile.mode: with fsdp2 parameters come and go, which CUDA graphs cannot; use default"
+            )
+        if self.mode == "graphs":
+            if any(isinstance(m, Blocks) and m.config.checkpoint_activations for m in backbone.modules()):
+                raise ValueError(
+                    "callbacks.compile.mode: graphs keeps activations, which model.backbone.checkpoint_activations is "
+                    "not to do; leave one of them out"
+                )
+            backbone.forward = Graphs(backbone)
+            return
         self._try(device)
         if not isinstance(trainer.strategy, FullySharded):
             backbone.compile(mode=self.mode, fullgraph=True)
             return
-        if self.graphs:
-            raise ValueError(
-                "callbacks.compile.mode: with fsdp2 parameters come and go, which CUDA graphs cannot; use default"
-            )
         # block by block, and without the hooks that gather its parameters
         for module in backbone.modules():
             if isinstance(module, Block):
@@ -96,6 +110,11 @@ class Compile(L.Callback):
             for parameter in pl_module.parameters():
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        backbone = getattr(pl_module, "backbone", None)
+        if backbone is not None and isinstance(backbone.forward, Graphs):
+            del backbone.forward
 
     def _begin(self, batch: Any) -> None:
         if self.graphs:

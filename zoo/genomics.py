@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from ..kernels.sequences import reverse
 from .heads import IGNORE
-from .strands import complement_table, reverse, reverse_complement
+from .strands import complement_table, reverse_complement
 from .task import Batch
 from .tokens import TokenModel
 

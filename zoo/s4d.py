@@ -4,31 +4,30 @@
     K_k = C . (exp(k delta A) gain)                                       (equations 2 to 5; B is part of C)
 
 What never changes along time is a convolution: one Fourier transform over the whole length, where a scan walks. A
-state that comes in or goes out takes products with powers of the decay. Packed sequences are convolved side by side,
-those of about one length at once; with states they go through the recurrence, as steps do.
+state that comes in or goes out takes products with powers of the decay. Where there are kernels of the scan, they are
+faster if states are small, and packed sequences are always walked over.
 
-It is the model that `Mamba` is with `selective: []`, computed faster and started as S4D is; there delta, B and C can be
-given to the input one by one, here they cannot. So pattern "s4d" beside "mamba" is the control that differs from
-the selective block in selection alone (Mamba, table 6); block "s4" is the layer of S4 and SaShiMi (2202.09729).
+It is the model that `Mamba` is with `selective: []`, started as S4D is; there delta, B and C can be given to the input
+one by one, here they cannot. So pattern "s4d" beside "mamba" is the control that differs from the selective block in
+selection alone (Mamba, table 6); block "s4" is the layer of S4 and SaShiMi (2202.09729).
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import backend as backends
 from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.reference import hold
 from ..kernels.scan import selective_scan
-from ..kernels.sequences import boundaries
 from .config import S4DConfig
 from .mamba import MambaState, full, steps_before_softplus
 from .mixer import Mixer
 
-# positions that take a GPU about as long as to begin another batch
-LITTLE = 1 << 14
+# numbers of a state up to which the kernels of the scan take less of a GPU than Fourier transforms do (docs/log.md)
+MOST = 32
 
 
 class S4D(Mixer):
@@ -109,25 +108,28 @@ class S4D(Mixer):
             after = torch.exp(l * delta.unsqueeze(-1) * A) * before + gain * self._sum(x)
             return y + self._read(C * decay * before, l).mT, after
 
-    def _convolve_packed(self, u: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """K * u + D u of each of the sequences in u (1, l, d_inner); on a GPU this waits for their lengths."""
-        bounds = boundaries(cu_seqlens, u.shape[1])
-        # where the first output of each sequence lies among those of all batches
-        places, made, outputs = [0] * (len(bounds) - 1), 0, []
-        for length, batch in _batches([end - start for start, end in pairwise(bounds)]):
-            chosen = cu_seqlens.new_tensor(batch)
-            starts, ends = cu_seqlens[chosen].unsqueeze(1), cu_seqlens[chosen + 1].unsqueeze(1)
-            times = starts + torch.arange(length, device=u.device, dtype=starts.dtype)
-            rows = u[0].index_select(0, times.clamp(max=u.shape[1] - 1).flatten()).view(*times.shape, -1)
-            rows = torch.where((times < ends).unsqueeze(-1), rows, rows.new_zeros(()))
-            outputs.append(self.convolve(rows)[0].flatten(0, 1))
-            for row, i in enumerate(batch):
-                places[i] = made + row * length
-            made += len(batch) * length
-        shifts = cu_seqlens.new_tensor(places) - cu_seqlens[:-1]
-        times = torch.arange(u.shape[1], device=u.device, dtype=shifts.dtype)
-        own = shifts.repeat_interleave(cu_seqlens.diff(), output_size=u.shape[1])
-        return torch.cat(outputs).index_select(0, times + own).unsqueeze(0)
+    def scan(
+        self, u: Tensor, before: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same by a walk along time, which may be over packed sequences (kernels/scan.py).
+
+        There a step brings in delta u, here gain u: what no input chooses goes into C, and states are measured by it.
+        """
+        delta, A, C = self.state_space()
+        _, gain = hold(delta.unsqueeze(-1), A, self.config.discretization)
+        share = gain / delta.unsqueeze(-1)
+        y, after = selective_scan(
+            u,
+            delta,
+            A,
+            torch.ones_like(A),
+            C * share,
+            full(self.D),
+            initial_state=None if before is None else before / share,
+            return_final_state=before is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        return y, None if after is None else after * share
 
     def _read(self, rows: Tensor, l: int) -> Tensor:
         """rows (..., d_inner, n) times the powers 0 to l - 1 of the decay, summed over states: (..., d_inner, l)."""
@@ -179,25 +181,9 @@ class S4D(Mixer):
                 cu_seqlens=cu_seqlens,
             )
         before = None if state is None else state.ssm
-        if u.numel() and cu_seqlens is None:
-            y, ssm_state = self.convolve(u, before)
-        elif u.numel() and cu_seqlens is not None and state is None and not torch.compiler.is_compiling():
-            # while code is compiled there are no lengths to sort sequences by
-            y, ssm_state = self._convolve_packed(u, cu_seqlens), None
-        else:
-            delta, A, C = self.state_space()
-            y, ssm_state = selective_scan(
-                u,
-                delta,
-                A,
-                torch.ones_like(A),
-                C,
-                full(self.D),
-                initial_state=before,
-                return_final_state=state is not None,
-                cu_seqlens=cu_seqlens,
-                discretization=self.config.discretization,
-            )
+        kernels = self.config.d_state <= MOST and backends.choose(None, u) == "triton"
+        walk = kernels or cu_seqlens is not None or not u.numel()
+        y, ssm_state = self.scan(u, before, cu_seqlens) if walk else self.convolve(u, before)
         y = self._activate(y, z).to(u.dtype)
         if conv_state is None or ssm_state is None:
             return y, None
@@ -250,21 +236,6 @@ class _GatedLinear(nn.Linear):
 def _real_row(x: Tensor) -> Tensor:
     """(..., n) as real numbers: itself, or (..., 2 n). The product with a conjugate's is the real part of the sum."""
     return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
-
-
-def _batches(lengths: list[int]) -> list[tuple[int, list[int]]]:
-    """Which sequences to convolve together, and how long the longest of each batch is; empty ones are in none.
-
-    A sequence is filled up to at most twice its length, or is among the last, which together take up LITTLE.
-    """
-    found: list[tuple[int, list[int]]] = []
-    left = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
-    while left:
-        longest = lengths[left[-1]]
-        if not found or (2 * longest < found[-1][0] and len(left) * found[-1][0] > LITTLE):
-            found.append((longest, []))
-        found[-1][1].append(left.pop())
-    return found
 
 
 def _fast_size(least: int) -> int:

@@ -12,7 +12,7 @@ other is equivariant to it. The halves meet in the head alone, so a backbone com
 import torch
 from torch import Tensor
 
-from ..kernels.sequences import joined, mirrored
+from ..kernels.sequences import joined, mirrored, reverse
 
 
 def complement_table(complement: list[int] | None, vocab_size: int) -> Tensor:
@@ -36,34 +36,25 @@ def complement_table(complement: list[int] | None, vocab_size: int) -> Tensor:
     return torch.tensor(complement)
 
 
-def split_strands(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both strands of x (b, l, 2 d), each in the direction it is read in: (2 b, l, d), or (1, 2 l, d) if packed."""
+def split_strands(
+    x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Both strands of x (b, l, 2 d), each in the direction it is read in: (2 b, l, d), or (1, 2 l, d) if packed.
+
+    Beside them, where their sequences lie.
+    """
     strand, other = x.chunk(2, dim=-1)
-    other = other.flip(1)
+    other = reverse(other, lengths=lengths)
     if cu_seqlens is None:
-        return torch.cat([strand, other]), None
+        return torch.cat([strand, other]), None, None if lengths is None else lengths.repeat(2)
     l = x.shape[1]
-    return torch.cat([strand, other], dim=1), joined(cu_seqlens, mirrored(cu_seqlens, l), l)
+    return torch.cat([strand, other], dim=1), joined(cu_seqlens, mirrored(cu_seqlens, l), l), None
 
 
-def join_strands(y: Tensor, *, packed: bool) -> Tensor:
+def join_strands(y: Tensor, lengths: Tensor | None, *, packed: bool) -> Tensor:
     """The inverse of `split_strands`, (b, l, 2 d)."""
     strand, other = y.chunk(2, dim=1 if packed else 0)
-    return torch.cat([strand, other.flip(1)], dim=-1)
-
-
-def reverse(x: Tensor, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Reverse every sequence of x (b, l, ...) where it lies: rows, the first lengths (b,) of them, or packed ones."""
-    if lengths is None and cu_seqlens is None:
-        return x.flip(1)
-    t = torch.arange(x.shape[1], device=x.device)
-    if lengths is not None:
-        order = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
-        return x[torch.arange(len(x), device=x.device)[:, None], order]
-    assert cu_seqlens is not None
-    bounds = cu_seqlens.long()
-    sequence = torch.searchsorted(bounds, t, right=True) - 1
-    return x[:, bounds[sequence] + bounds[sequence + 1] - 1 - t]
+    return torch.cat([strand, reverse(other, lengths=lengths)], dim=-1)
 
 
 def reverse_complement(

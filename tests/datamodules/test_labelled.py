@@ -88,6 +88,16 @@ def test_batches_are_padded(tmp_path: Path) -> None:
         )
 
 
+def test_rows_may_be_filled_to_one_length(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.tsv")
+    data = LabelledSequenceDataModule(str(path), length=50, fill=True, batch_size=8)
+    data.prepare_data()
+    data.setup("fit")
+    for batch in itertools.islice(data.train_dataloader(), 5):
+        assert batch["inputs"].shape == (8, 50)
+        assert torch.equal((batch["inputs"] != PAD).sum(1), batch["lengths"])
+
+
 def test_classes_counts_and_the_majority_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_table(tmp_path / "a.tsv")
     data = LabelledSequenceDataModule(str(path), valid="chr0")

@@ -140,6 +140,8 @@ def test_batches_are_padded() -> None:
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert batch["inputs"].dtype == batch["labels"].dtype == torch.int64
     assert batch["inputs"].max() == PADDING < data.vocab_size == 16
+    # few shapes
+    assert batch["inputs"].shape[1] % 128 == 0
     for row, length in zip(batch["inputs"], batch["lengths"], strict=True):
         assert (row[length:] == PADDING).all()
         assert row[length - 1] == CLOSE

@@ -117,16 +117,18 @@ def test_both_sides_are_seen_in_one_pass(bidirectional: str, monkeypatch: pytest
     x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
     y, state = model(x)
     assert state is None
-    assert passes == [{}]
+    assert passes == [{"attn_mask": None}]
     for t in range(9):
         (seen,) = torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)
         assert (seen[0].abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("window", [4, 64])
 @pytest.mark.parametrize("pattern", ["attention", "mamba + attention"])
 @torch.no_grad()
-def test_padding_moves_no_class(pattern: str) -> None:
-    backbone = {"d_model": 16, "n_layers": 2, "pattern": pattern, "attention": {"d_head": 8}}
+def test_padding_moves_no_class(pattern: str, window: int) -> None:
+    attention = {"d_head": 8, "window": window}
+    backbone = {"d_model": 16, "n_layers": 2, "pattern": pattern, "attention": attention}
     model = SequenceClassifier({**backbone, "bidirectional": "tied"}, vocab_size=9, num_classes=3).eval()
     tokens, lengths = torch.randint(9, (3, 13)), torch.tensor([13, 5, 1])
     logits = model(tokens, lengths)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mambazoo.checkpoints.io import from_pretrained
 from mambazoo.zoo.classification import SequenceClassifier
+from mambazoo.zoo.frontends import Filterbank
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.heads import pool
 from mambazoo.zoo.language import LanguageModel
@@ -145,8 +146,41 @@ def test_samples_are_read_by_patches_and_padding_changes_nothing(
     assert seen == [torch.Size([4, 6, 16])]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_tells_tones_apart() -> None:
+@torch.no_grad()
+def test_filters_hear_what_is_loud_and_when_however_loud_it_is() -> None:
+    bank, t = Filterbank(20, 80, 8), torch.arange(4000) / 8000
+    # what the 6th and the 14th filter are for, in cycles a sample
+    middles = [(9 ** (place / 21) - 1) / 16 for place in (6, 14)]
+    low, high = (torch.sin(2 * torch.pi * middle * 8000 * t) for middle in middles)
+    # the lower tone in the first half, the higher one in the second
+    x = torch.where(t < 0.25, low, high)[None]
+    energies = bank._energies(x)[0]
+    assert energies.shape == (20, 50)
+    loudest = energies.argmax(0)
+    assert (loudest[3:22] == 5).all()
+    assert (loudest[28:47] == 13).all()
+    # a complex filter of weight 1 hears half of a sine's level
+    assert energies[5, 10].item() == pytest.approx(0.25, rel=0.01)
+    samples = x[..., None]
+    torch.testing.assert_close(bank(0.1 * samples), bank(samples), rtol=1e-2, atol=1e-3)
+    silence = bank(torch.zeros(1, 4000, 1))
+    torch.testing.assert_close(silence[:, 3:-3], silence[:, 3:4].expand(-1, 44, -1))
+    assert [bank(torch.zeros(1, l, 1)).shape[1] for l in (1, 80, 81, 8000)] == [1, 1, 2, 100]
+
+
+@pytest.mark.parametrize(("size", "step"), [(80, 8), (16, 1), (7, 1), (110, 11), (100, 10)])
+def test_filters_are_centred_on_what_they_stand_for(size: int, step: int) -> None:
+    bank = Filterbank(6, size, 4)
+    assert bank.step == step
+    x = torch.zeros(1, 9 * size)
+    x[0, 4 * size + size // 2] = 1
+    energies = bank._energies(x).sum(1)[0]
+    assert energies.argmax() == 4
+    torch.testing.assert_close(energies[3], energies[5], rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("heard", [{"patch": 4}, {"patch": 40, "filters": 12}], ids=str)
+def test_tells_tones_apart(heard: dict[str, int]) -> None:
     def tones(seed: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
         labels, phase = torch.randint(2, (32,), generator=draw), torch.rand(32, 1, generator=draw)
@@ -154,7 +188,7 @@ def test_tells_tones_apart() -> None:
         return {"inputs": torch.sin(t + 6.3 * phase).unsqueeze(-1), "labels": labels}
 
     config = {"d_model": 16, "n_layers": 1, "pattern": "s4d", "s4d": {"d_state": 8}, "bidirectional": "tied"}
-    model = SequenceClassifier(config, None, 2, patch=4)
+    model = SequenceClassifier(config, None, 2, **heard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for seed in range(60):
         optimizer.zero_grad()
@@ -283,6 +317,8 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
         ({"backbone": {"reverse_complement": True}}, "model.complement: give"),
         ({"patch": 0}, "model.patch, model.features: must be 1 or more"),
         ({"backbone": {"reverse_complement": True}, "patch": 4}, "leave out model.patch"),
+        ({"filters": 8, "patch": 4}, "model.filters: must be 1 or more, for sound as numbers.*and 6 codes"),
+        ({"filters": 8, "vocab_size": None}, "model.filters: .* not 8 beside model.patch=1 and 1 features"),
         ({"backbone": {"bidirectional": "both"}}, "backbone.bidirectional: must be one of tied, untied"),
     ],
 )

@@ -5,7 +5,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.compiling import Compile, pad_sequences
+from mambazoo.zoo.graphs import Graphs
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.task import Task
 from torch.utils.data import DataLoader
@@ -106,9 +108,64 @@ def test_compiled_gradients_are_gradients(quick: list[Any], accumulate: int) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "graphs"])
 def test_gradients_on_a_gpu_are_gradients(mode: str, accumulate: int) -> None:
     compare_gradients(mode, "gpu", accumulate)
+
+
+def rows(l: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(l // 2, l + 1, (4,), generator=generator)
+    inputs = torch.randint(20, (4, l), generator=generator)
+    return {"inputs": inputs, "lengths": lengths, "labels": torch.randint(3, (4,), generator=generator)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "backbone", [{}, {"pattern": "s4d", "norm": "batch"}, {"pattern": "attention"}], ids=str
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_graphs_of_many_shapes_train_to_the_same_bits(backbone: dict[str, Any], precision: str) -> None:
+    values = {"d_model": 32, "n_layers": 2, "bidirectional": "tied", "dropout": 0.1, **backbone}
+    shapes = [(48, 0), (64, 1), (48, 2), (48, 3), (80, 4), (64, 5)]
+    found = []
+    for mode in (None, "graphs"):
+        torch.manual_seed(0)
+        model = SequenceClassifier(values, vocab_size=20, num_classes=3)
+        trainer = L.Trainer(
+            max_steps=len(shapes), accelerator="gpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[Compile(mode)], precision=precision,
+            gradient_clip_val=1.0,
+        )  # fmt: skip
+        trainer.fit(model, DataLoader([rows(*shape) for shape in shapes], batch_size=None))
+        assert "forward" not in vars(model.backbone)
+        found.append(model.cpu().state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_is_not_replayed_before_its_gradients_are_taken() -> None:
+    model = build().cuda()
+    model.backbone.forward = Graphs(model.backbone)
+    x = torch.randn(2, 12, model.backbone.config.d_model, device="cuda", requires_grad=True)
+    other = torch.randn_like(x).requires_grad_()
+    first, second = model.backbone(x)[0], model.backbone(other)[0]
+    assert type(first.grad_fn).__name__ == "_ReplayBackward" != type(second.grad_fn).__name__
+    expected = [torch.autograd.grad(model.backbone.forward.run(z)[0].sum(), z)[0] for z in (x, other)]
+    for y, z, gradient in zip((first, second), (x, other), expected, strict=True):
+        assert torch.equal(torch.autograd.grad(y.sum(), z, retain_graph=True)[0], gradient)
+    with pytest.raises(RuntimeError, match="takes the gradient of a batch once"):
+        first.sum().backward()
+
+
+def test_graphs_leave_a_cpu_as_it_is() -> None:
+    model = build()
+    train(Compile("graphs"), model)
+    assert "forward" not in vars(model.backbone)
 
 
 class NoBackbone(Task):
@@ -119,7 +176,9 @@ class NoBackbone(Task):
 
 @pytest.mark.filterwarnings("ignore")
 def test_where_it_cannot_run_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="mode: must be null or one of default, reduce-overhead, not 'fast'"):
+    with pytest.raises(
+        ValueError, match="mode: must be null or one of default, reduce-overhead, graphs, not 'fast'"
+    ):
         Compile("fast")
     with pytest.raises(ValueError, match="reduce-overhead captures CUDA graphs and cannot run on cpu"):
         train(Compile("reduce-overhead"), build())

@@ -101,17 +101,17 @@ def test_it_is_a_mamba_that_selects_nothing() -> None:
     torch.testing.assert_close(mixer(x)[0], mamba(x)[0], rtol=0, atol=1e-12)
 
 
-def test_packed_sequences_are_convolved_as_they_are_scanned_gradients_too() -> None:
-    # empty ones, and several of about one length, in any order
-    mixer, bounds = build({"block": "s4"}), [0, 9, 9, 17, 18, 30, 42, 43, 43]
+@pytest.mark.parametrize("values", [{"block": "s4"}, {"a_init": "s4d-real"}], ids=str)
+def test_a_walk_is_the_convolution_of_each_packed_sequence_gradients_too(values: dict[str, Any]) -> None:
+    mixer, bounds = build(values), [0, 9, 9, 17, 18, 30, 42, 43, 43]
     packed = torch.tensor(bounds, dtype=torch.int32)
     x = torch.randn(1, bounds[-1], 12, dtype=torch.float64, requires_grad=True)
     inputs, weight = [x, *mixer.parameters()], torch.randn(1, bounds[-1], 12, dtype=torch.float64)
-    convolved, _ = mixer(x, cu_seqlens=packed)
-    scanned, _ = mixer(x, state=mixer.init_state(len(bounds) - 1), cu_seqlens=packed)
-    torch.testing.assert_close(convolved, scanned, rtol=0, atol=1e-12)
-    expected = torch.autograd.grad((scanned * weight).sum(), inputs)
-    for a, b in zip(torch.autograd.grad((convolved * weight).sum(), inputs), expected, strict=True):
+    walked, _ = mixer(x, cu_seqlens=packed)
+    convolved = torch.cat([mixer(x[:, a:b])[0] for a, b in pairwise(bounds) if a < b], 1)
+    torch.testing.assert_close(walked, convolved, rtol=0, atol=1e-12)
+    expected = torch.autograd.grad((convolved * weight).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((walked * weight).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 

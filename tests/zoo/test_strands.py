@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from mambazoo.kernels.sequences import reverse
 from mambazoo.zoo.backbone import Backbone
 from mambazoo.zoo.config import BackboneConfig
 from mambazoo.zoo.genomics import GenomeModel
-from mambazoo.zoo.strands import complement_table, reverse, reverse_complement
+from mambazoo.zoo.strands import complement_table, reverse_complement
 from torch import Tensor
 
 # A, C, G, T, N, a mask, and R and Y, which are complements too
@@ -138,8 +139,13 @@ def test_reversal_keeps_sequences_where_they_are() -> None:
     assert reverse(x, cu_seqlens=bounds)[0].tolist() == [2, 1, 0, 3, 9, 8, 7, 6, 5, 4]
     padded = reverse(x.expand(2, -1), lengths=torch.tensor([4, 10]))
     assert padded.tolist() == [[3, 2, 1, 0, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]]
-    y = torch.randn(1, 10, 3)
-    assert torch.equal(reverse(y, cu_seqlens=bounds)[0, 4], y[0, 9])
+    y = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(reverse(y[:1], cu_seqlens=bounds)[0, 4], y[0, 9])
+    for place in ({"cu_seqlens": bounds}, {"lengths": torch.tensor([4, 0])}, {}):
+        # taken twice it leads back, and so do gradients
+        x = y[:1] if "cu_seqlens" in place else y
+        assert torch.equal(reverse(reverse(x, **place), **place), x)
+        assert torch.autograd.gradcheck(lambda z, place=place: reverse(z, **place), x)
     tokens = torch.tensor([[0, 0, 1, 6, 4]])
     assert reverse_complement(tokens, TABLE).tolist() == [[4, 7, 2, 3, 3]]
 
