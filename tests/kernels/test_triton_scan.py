@@ -101,6 +101,12 @@ def test_low_precision(dtype: torch.dtype, tolerance: float) -> None:
     compare({"l": 20, "d": 64, "n": 16, "dtype": dtype, "without": ("initial_state",)}, tolerance=tolerance)
 
 
+def test_complex_states_that_nothing_chooses_in_low_precision() -> None:
+    # 16 columns in memory, as real states have that go through the matrix units
+    constant: Options = {"complex_": True, "constant": ("delta", "B", "C"), "without": ("z",)}
+    compare({"b": 1, "l": 10, "d": 64, "n": 8, "dtype": BF16, **constant}, tolerance=2e-2)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     "options", [{"d": 128}, {"d": 768}, {"d": 512, "groups": 2, "without": ("z",)}], ids=str
