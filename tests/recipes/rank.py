@@ -1,4 +1,4 @@
-"""A rank of a run, in a process that has PyTorch in memory already: `Run` in test_parallel.py starts it."""
+"""A rank of a run, in a process that has PyTorch in memory already: `Run` in several.py starts it."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Which rank a run waits for, by what its ranks tell of themselves; test_parallel.py has runs that are ended for it."""
+"""Which rank a run waits for, by what its ranks tell of themselves; runs that end for it are in test_parallel_ends.py."""
 
 import threading
 from types import SimpleNamespace
