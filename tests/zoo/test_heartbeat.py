@@ -1,4 +1,4 @@
-"""Which rank a run waits for, by what its ranks tell of themselves; runs that end for it are in test_parallel_ends.py."""
+"""Which rank a run waits for, by what ranks tell of themselves; test_parallel_ends.py has runs that end for it."""
 
 import threading
 from types import SimpleNamespace
