@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .ranks import most_over_ranks, together
-from .shards import host_copy, join, part_files
+from .shards import host_copy, join, part_files, reserve
 from .stopping import StoppedError
 
 LAST, PREVIOUS, BEST = NAMES = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -193,6 +193,8 @@ class Checkpoints(Checkpoint):
         self._writing: tuple[Future[None], Callable[[], None]] | None = None
         # whether that checkpoint is the best
         self._is_best = False
+        # whether there is memory for the first, or it is being found
+        self._prepared = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "owed": self.owed}
@@ -232,6 +234,9 @@ class Checkpoints(Checkpoint):
         if trainer.fit_loop._should_accumulate():
             return
         self._settle(wait=False)
+        if not self._prepared:
+            self._prepared = True
+            self._prepare(trainer)
         step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
         interval = trainer.val_check_batch
         self.owed = last or (interval is not None and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
@@ -291,6 +296,18 @@ class Checkpoints(Checkpoint):
             write()
 
         self._writing = self._writer.submit(begin), finish
+
+    def _prepare(self, trainer: L.Trainer) -> None:
+        """Let memory for the first checkpoint be found while training goes on; there is an optimiser's state by now."""
+        strategy = trainer.strategy
+        if (
+            strategy.is_global_zero
+            and strategy.root_device.type == "cuda"
+            and not hasattr(strategy, "writes")
+        ):
+            states = [dict(optimizer.state) for optimizer in trainer.optimizers]
+            kept = [list(state.values()) for state in states]
+            self._writer.submit(reserve, [strategy.lightning_module_state_dict(), kept])
 
     def _settle(self, *, wait: bool) -> None:
         """End the writing of a checkpoint once all ranks have written; with wait, wait for them."""

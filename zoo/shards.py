@@ -43,7 +43,7 @@ def host_copy(x: Any, gather: Callable[[DTensor], Any] | None = None) -> Any:
             return gather(x)
         if not isinstance(x, Tensor):
             return x
-        place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype)
+        place = _place(x)
         if place not in copies or not x.numel():
             # from a GPU into pinned memory, so that copies do not wait for one another
             copies[place] = x.detach().to("cpu", non_blocking=True, copy=True)
@@ -53,6 +53,18 @@ def host_copy(x: Any, gather: Callable[[DTensor], Any] | None = None) -> Any:
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
     return whole
+
+
+def reserve(x: Any) -> None:
+    """Get the pinned memory that `host_copy` of x will take, and leave it to be taken: that alone needs seconds."""
+    tensors = {_place(leaf): leaf for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor) and leaf.is_cuda}
+    # all of it at once, so that no two are the same memory
+    _ = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors.values()]
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies: what has one place is one tensor."""
+    return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 def join(checkpoint: dict[str, Any], ranks: list[list[Tensor]]) -> dict[str, Any]:
