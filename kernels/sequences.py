@@ -114,8 +114,10 @@ class _Rearrange(torch.autograd.Function):
 
 
 def _without_values(cu_seqlens: Tensor) -> bool:
-    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or cu_seqlens.is_meta or capturing
+    # a compiler cannot trace what asks for a capture
+    if torch.compiler.is_compiling() or cu_seqlens.is_meta:
+        return True
+    return cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _mark_seen(cu_seqlens: Tensor, l: int) -> None:
