@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backend as backends
 from . import conv_torch, reference
 from .checks import check_tensor, check_written, count_sequences, expect
+from .operators import Operator
 
 # the widths that conv_triton is written for; the others go to the torch back end
 _TRITON_WIDTHS = (2, 3, 4)
@@ -48,9 +49,7 @@ def causal_conv1d(
             x, weight, bias, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens
         )
     else:
-        # without a gradient to register, a call of the function itself costs less
-        conv = _conv_op if torch.is_grad_enabled() or torch.compiler.is_compiling() else _conv
-        y, final_state = conv(
+        y, final_state = _conv(
             x, weight, bias, initial_state, cu_seqlens, activation == "silu", return_final_state, name
         )
     return y, final_state if return_final_state else None
@@ -101,7 +100,7 @@ def _implementation(backend: str) -> ModuleType:
     return conv_torch
 
 
-def _conv(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -118,11 +117,7 @@ def _conv(
     return y, x.new_empty(0) if final_state is None else final_state
 
 
-_conv_op = torch.library.custom_op("mambazoo::causal_conv1d", _conv, mutates_args=())
-
-
-@torch.library.custom_op("mambazoo::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
+def _gradients(
     dy: Tensor,
     d_final: Tensor | None,
     x: Tensor,
@@ -153,15 +148,13 @@ _conv_update_op = torch.library.custom_op(
 )
 
 
-@_conv_op.register_fake
-def _conv_fake(x, weight, bias, initial_state, cu_seqlens, silu, return_final_state, backend):  # type: ignore[no-untyped-def]
+def _fake(x, weight, bias, initial_state, cu_seqlens, silu, return_final_state, backend):  # type: ignore[no-untyped-def]
     states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (states, weight.shape[1] - 1, x.shape[2]) if return_final_state else (0,)
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(shape)
 
 
-@_conv_backward.register_fake
-def _conv_backward_fake(dy, d_final, x, weight, bias, initial_state, *rest):  # type: ignore[no-untyped-def]
+def _gradients_fake(dy, d_final, x, weight, bias, initial_state, *rest):  # type: ignore[no-untyped-def]
     return tuple(
         x.new_empty(0) if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
         for like in (x, weight, bias, initial_state)
@@ -191,7 +184,8 @@ def _backward(ctx, dy, d_final):  # type: ignore[no-untyped-def]
     return dx, d_weight, d_bias, d_initial, None, None, None, None
 
 
-_conv_op.register_autograd(_backward, setup_context=_save_for_backward)
+_conv = Operator("causal_conv1d", _forward, _fake, (_save_for_backward, _backward))
+_conv_backward = Operator("causal_conv1d_backward", _gradients, _gradients_fake)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend as backends
+from .integers import cdiv, next_power_of_2
 from .sequences import by_rows
 from .triton_math import sigmoid
 
@@ -287,7 +288,7 @@ def conv_fwd(
     with backends.launching_on(x):
         plan = _plan(x, cu_seqlens, _BYTES_FWD // x.element_size(), _LONGEST_FWD, shared=False)
         if plan.parts and d:
-            _conv_fwd_kernel[(plan.parts * triton.cdiv(d, plan.block),)](
+            _conv_fwd_kernel[(plan.parts * cdiv(d, plan.block),)](
                 x, weight.contiguous(), _contiguous(bias), _contiguous(initial_state),
                 plan.bounds, plan.first, y, final,
                 l, plan.stretch, plan.stretches, x.stride(0),
@@ -316,7 +317,7 @@ def conv_bwd(
         plan = _plan(x, cu_seqlens, _CHANNELS_BWD, _LONGEST_BWD, shared=True)
         partial = x.new_empty(plan.parts, k + 1, d, dtype=torch.float32)
         if plan.parts and d:
-            _conv_bwd_kernel[(plan.parts * triton.cdiv(d, plan.block),)](
+            _conv_bwd_kernel[(plan.parts * cdiv(d, plan.block),)](
                 dy, _contiguous(d_final), x, weight.contiguous(), _contiguous(bias), past,
                 plan.bounds, plan.first, dx, d_past, partial,
                 l, plan.stretch, plan.stretches, b, plan.rows, x.stride(0), dy.stride(0),
@@ -334,10 +335,10 @@ def conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, s
     x = by_rows(x)
     b, d = x.shape
     y = x.new_empty(b, d)
-    block = min(128, triton.next_power_of_2(max(1, d)))
+    block = min(128, next_power_of_2(max(1, d)))
     if b and d:
         with backends.launching_on(x):
-            _conv_update_kernel[(b, triton.cdiv(d, block))](
+            _conv_update_kernel[(b, cdiv(d, block))](
                 x, state, weight.contiguous(), _contiguous(bias), y,
                 d, x.stride(0), *state.stride(),
                 K=weight.shape[1], BLOCK_D=block, SILU=silu, num_warps=1,
@@ -362,14 +363,14 @@ class _Plan(NamedTuple):
 def _plan(x: Tensor, cu_seqlens: Tensor | None, channels_a_lane: int, longest: int, *, shared: bool) -> _Plan:
     """Cut x (b, l, d); `shared`, a part may have several rows."""
     b, l, d = x.shape
-    block = min(32 * channels_a_lane, triton.next_power_of_2(max(1, d)))
-    wanted = triton.next_power_of_2(max(1, b * l * triton.cdiv(d, block) // _PROGRAMS))
+    block = min(32 * channels_a_lane, next_power_of_2(max(1, d)))
+    wanted = next_power_of_2(max(1, b * l * cdiv(d, block) // _PROGRAMS))
     stretch = min(longest, max(_SHORTEST, wanted))
     if cu_seqlens is None:
-        stretches = max(1, triton.cdiv(l, stretch))
+        stretches = max(1, cdiv(l, stretch))
         # so that short rows do not leave more partial sums than they have steps
         rows = max(1, stretch // max(1, l)) if shared else 1
-        return _Plan(triton.cdiv(b, rows) * stretches, block, stretch, stretches, rows, None, None)
+        return _Plan(cdiv(b, rows) * stretches, block, stretch, stretches, rows, None, None)
     # a last stretch, which may have no steps, has the empty sequences at the end
     stretches = l // stretch + 1
     bounds = cu_seqlens.to(torch.int32).contiguous()

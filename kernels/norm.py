@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backend as backends
 from . import reference
 from .checks import check_tensor, expect
+from .operators import Operator
 
 
 def rms_norm(
@@ -39,12 +40,11 @@ def rms_norm(
     name = backends.choose("reference" if x.numel() == 0 else backend, x, weight, residual, gate)
     if name == "reference":
         return reference.rms_norm(x, weight, residual=residual, gate=gate, eps=eps)
-    # without a gradient to register or a graph to trace, a call of the function itself costs less
-    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return (_norm if eager else _norm_op)(x, weight, residual, gate, eps, name)
+    y, stream = _norm(x, weight, residual, gate, eps, name)
+    return y, stream
 
 
-def _norm(
+def _forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
@@ -58,11 +58,7 @@ def _norm(
     return y.to(x.dtype).contiguous(), stream.contiguous()
 
 
-_norm_op = torch.library.custom_op("mambazoo::rms_norm", _norm, mutates_args=())
-
-
-@torch.library.custom_op("mambazoo::rms_norm_backward", mutates_args=())
-def _norm_backward(
+def _gradients(
     dy: Tensor,
     d_stream: Tensor | None,
     stream: Tensor,
@@ -99,14 +95,12 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-@_norm_op.register_fake
-def _norm_fake(x, weight, residual, gate, eps, backend):  # type: ignore[no-untyped-def]
+def _fake(x, weight, residual, gate, eps, backend):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape, dtype=dtype)
 
 
-@_norm_backward.register_fake
-def _norm_backward_fake(dy, d_stream, stream, weight, gate, eps, wants_residual, backend):  # type: ignore[no-untyped-def]
+def _gradients_fake(dy, d_stream, stream, weight, gate, eps, wants_residual, backend):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(stream.dtype, torch.float32)
     return (
         torch.empty_like(dy, memory_format=torch.contiguous_format),
@@ -145,4 +139,5 @@ def _backward(ctx, dy, d_stream):  # type: ignore[no-untyped-def]
     )
 
 
-_norm_op.register_autograd(_backward, setup_context=_save_for_backward)
+_norm = Operator("rms_norm", _forward, _fake, (_save_for_backward, _backward))
+_norm_backward = Operator("rms_norm_backward", _gradients, _gradients_fake)

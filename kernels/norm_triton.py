@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend as backends
+from .integers import cdiv, next_power_of_2
 from .triton_math import sigmoid
 
 
@@ -104,7 +105,7 @@ def norm_fwd(
     (rows, d), weight = own.shape, weight.contiguous()
     block_d, tile_rows, warps = _blocks(d)
     with backends.launching_on(x):
-        _norm_fwd_kernel[(triton.cdiv(rows, tile_rows),)](
+        _norm_fwd_kernel[(cdiv(rows, tile_rows),)](
             own, weight, added, gates, y, stream, rows, own.stride(0), added.stride(0), gates.stride(0), eps,
             D=d, ROWS=tile_rows, BLOCK_D=block_d, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None,
             num_warps=warps,
@@ -130,7 +131,7 @@ def norm_bwd(
     rows, d = own.shape
     block_d, tile_rows, warps = _blocks(d)
     # enough warps to fill a large GPU; fixed, so that sums are taken in the same order everywhere
-    programs = min(triton.cdiv(rows, tile_rows), 4096 // warps)
+    programs = min(cdiv(rows, tile_rows), 4096 // warps)
     d_weight = torch.empty(programs, d, dtype=torch.float32, device=dy.device)
     with backends.launching_on(dy):
         _norm_bwd_kernel[(programs,)](
@@ -144,7 +145,7 @@ def norm_bwd(
 
 def _blocks(d: int) -> tuple[int, int, int]:
     """The columns and rows of a tile, and its warps: eight numbers a lane, or eight warps of longer lanes."""
-    block_d = max(triton.next_power_of_2(d), 4)
+    block_d = max(next_power_of_2(d), 4)
     tile_rows = max(1024 // block_d, 1)
     # sixteen warps would halve the registers of a lane, and the widest rows need them
     return block_d, tile_rows, block_d * tile_rows // 256 if block_d <= 4096 else 8

@@ -2,8 +2,8 @@
 
     h_t = exp(delta_t A) h_{t-1} + gain_t B_t u_t,   y_t = C_t . h_t + D u_t        (Mamba, equations 2 and 4)
 
-The public function checks its arguments and calls a `torch.library` operator, so that torch.compile,
-torch.export, activation checkpointing and autocast see one node with a known gradient.
+The public function checks its arguments and calls an operator (operators.py), so that torch.compile, torch.export,
+activation checkpointing and autocast see one node with a known gradient.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import backend as backends
 from . import reference, scan_torch
 from .checks import NUMBERS, check_discretization, check_states, check_tensor, count_sequences, expect
+from .operators import Operator
 
 # what the Triton kernels take beside real numbers
 TRITON_ALSO = {"euler": (torch.complex64,), "zoh": ()}
@@ -109,8 +110,7 @@ def _implementation(backend: str) -> Any:
     return scan_triton
 
 
-@torch.library.custom_op("mambazoo::selective_scan", mutates_args=())
-def _scan(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -136,8 +136,7 @@ def _scan(
     return y, final_state.contiguous() if return_final_state else starts.new_empty(0), starts
 
 
-@torch.library.custom_op("mambazoo::selective_scan_backward", mutates_args=())
-def _scan_backward(
+def _gradients(
     dy: Tensor | None,
     d_final: Tensor | None,
     starts: Tensor,
@@ -171,8 +170,7 @@ def _scan_backward(
     ]
 
 
-@_scan.register_fake
-def _scan_fake(u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
+def _fake(u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
     _, return_final_state, _, _, backend = flags
     states = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
@@ -182,8 +180,7 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, B_bias, initial_state, cu_se
     return torch.empty_like(u, memory_format=torch.contiguous_format), final_state, starts
 
 
-@_scan_backward.register_fake
-def _scan_backward_fake(dy, d_final, starts, *rest):  # type: ignore[no-untyped-def]
+def _gradients_fake(dy, d_final, starts, *rest):  # type: ignore[no-untyped-def]
     u, *_ = inputs = rest[:10]
     return [
         u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -206,7 +203,8 @@ def _backward(ctx, dy, d_final, _):  # type: ignore[no-untyped-def]
     return *wanted, None, None, None, None, None, None
 
 
-_scan.register_autograd(_backward, setup_context=_save_for_backward)
+_scan = Operator("selective_scan", _forward, _fake, (_save_for_backward, _backward))
+_scan_backward = Operator("selective_scan_backward", _gradients, _gradients_fake)
 
 
 def _check(

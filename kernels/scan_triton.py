@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .scan_triton_backward import backward_sweep_kernel, chunk_grads_kernel, forward_sweep_kernel
 from .scan_triton_forward import carry_kernel, chunk_states_kernel, matrices_kernel, scan_fwd_kernel
 from .sequences import by_rows, chunk_table
@@ -62,6 +62,12 @@ class _Plan(NamedTuple):
 
 
 @functools.cache
+def _names(kernel: Any) -> tuple[str, ...]:
+    """What a kernel's arguments are called."""
+    return tuple(kernel.arg_names)
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     """How many a GPU has; as many as an H100 where there is none to ask."""
     if device.type == "cuda" and torch.cuda.is_available():
@@ -74,15 +80,15 @@ def _plan(u: Tensor, sequences: int | None) -> _Plan:
     at_once = [programs * _multiprocessors(u.device) for programs in _AT_ONCE]
 
     def cost(length: int) -> float:
-        programs = b * triton.cdiv(l, length) * triton.cdiv(d, 64)
-        waves = sum(triton.cdiv(programs, number) for number in at_once)
+        programs = b * cdiv(l, length) * cdiv(d, 64)
+        waves = sum(cdiv(programs, number) for number in at_once)
         # a chunk's state and its gradient, written and read by every kernel, cost about sixteen steps
         return waves * (length + 16)
 
     length = min(_LENGTHS, key=cost)
     if sequences is not None:
         return _Plan(length, 0, l // length + sequences)
-    per_sequence = triton.cdiv(l, length)
+    per_sequence = cdiv(l, length)
     return _Plan(length, per_sequence, b * per_sequence)
 
 
@@ -120,7 +126,7 @@ class _Scan:
         (self.b, self.l, self.d), self.n = u.shape, A.shape[1]
         self.groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
         self.size = self.d // self.groups
-        self.N = max(2, triton.next_power_of_2(self.n))
+        self.N = max(2, next_power_of_2(self.n))
         # sums over channels go through the matrix units where they need not be more exact than what they end up in
         self.mma = (
             self.N == 16
@@ -201,7 +207,7 @@ class _Scan:
         made = [new is not x and x.ndim > 2 for new, x in zip(found[1:], given, strict=True)]
         strides = [x.expand(-1, -1, self.groups, -1).stride() if x.ndim > 2 else (0, 0, 0, 0) for x in given]
         rows, width = self.b * self.l, self.groups * self.n
-        blocks = triton.cdiv(self.n * self.d, _MATRIX) + any(made) * triton.cdiv(rows * width, _MATRIX)
+        blocks = cdiv(self.n * self.d, _MATRIX) + any(made) * cdiv(rows * width, _MATRIX)
         matrices_kernel[(blocks,)](
             A, *given, *found, rows, self.l, self.d, self.n, width, *A.stride(), *strides[0], *strides[1],
             HAS_B=made[0], HAS_C=made[1], BLOCK=_MATRIX, num_warps=4,
@@ -215,7 +221,7 @@ class _Scan:
 
     def blocks(self, kernel: Any) -> int:
         """Blocks of channels in a group."""
-        return triton.cdiv(self.size, self.channels(kernel))
+        return cdiv(self.size, self.channels(kernel))
 
     def launch(self, kernel: Any, *, chunks: int | None = None, **own: Any) -> None:
         """Run a kernel on every chunk and block of channels, with its own arguments beside those that all share."""
@@ -230,10 +236,15 @@ class _Scan:
             "U": tile.steps,
             "EVEN": self.size % channels == 0 and self.n == self.N,
         }
-        given = {key: value for key, value in (self.arguments | cut).items() if key in kernel.arg_names}
+        given = self._of(kernel, **cut, **own)
         # the exact hold and tiles of constant matrices need all registers there are; only NVIDIA's compiler is told
         limit = {"maxnreg": tile.registers if self.plain else 255} if torch.version.cuda else {}
-        kernel[(chunks * self.groups * blocks,)](**given, **own, **limit, num_warps=self.warps)
+        kernel[(chunks * self.groups * blocks,)](**given, **limit, num_warps=self.warps)
+
+    def _of(self, kernel: Any, **own: Any) -> dict[str, Any]:
+        """The arguments that a kernel takes, of its own and of those that all share."""
+        given = self.arguments | own
+        return {name: given[name] for name in _names(kernel)}
 
     def summarize(self, kernel: Any, *, whole: bool, **own: Any) -> None:
         """Run a kernel that says what each chunk makes of zero; of the last that it comes to only if it is `whole`."""
@@ -251,17 +262,19 @@ class _Scan:
         """
         last = states.new_empty(self.sequences, self.n, self.d) if whole else None
         numbers = self.n * self.d // (1 + self.complex)
-        carry_kernel[(self.sequences * triton.cdiv(numbers, _CARRY_STATES),)](
-            **{key: value for key, value in self.arguments.items() if key in carry_kernel.arg_names},
-            states_ptr=states,
-            decays_ptr=decays,
-            first_ptr=states if first is None else first,
-            last_ptr=states if last is None else last,
-            BLOCK=_CARRY_STATES,
-            U=_CARRY_CHUNKS,
-            HAS_FIRST=first is not None,
-            HAS_LAST=last is not None,
-            BACKWARD=backward,
+        carry_kernel[(self.sequences * cdiv(numbers, _CARRY_STATES),)](
+            **self._of(
+                carry_kernel,
+                states_ptr=states,
+                decays_ptr=decays,
+                first_ptr=states if first is None else first,
+                last_ptr=states if last is None else last,
+                BLOCK=_CARRY_STATES,
+                U=_CARRY_CHUNKS,
+                HAS_FIRST=first is not None,
+                HAS_LAST=last is not None,
+                BACKWARD=backward,
+            ),
             num_warps=1,
         )
         return last

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend as backends
+from .integers import cdiv, next_power_of_2
 from .triton_math import LOG2E, expm1_over, silu, softplus
 
 
@@ -90,10 +91,10 @@ def update(
     # what is absent is not read: another tensor stands in for its pointer
     skip, bias = (u if vector is None else vector.contiguous() for vector in (D, delta_bias))
     gate = u if z is None else z
-    block_n = triton.next_power_of_2(n)
+    block_n = next_power_of_2(n)
     block_d = max(512 // block_n, 1)
     with backends.launching_on(u):
-        _update_kernel[(b * triton.cdiv(d, block_d),)](
+        _update_kernel[(b * cdiv(d, block_d),)](
             state, u, delta, A, B, C, skip, gate, bias, y,
             *state.stride(), *u.stride(), *_strides(delta, 2), *gate.stride(), *A.stride(),
             *_strides(B, 3), *_strides(C, 3),

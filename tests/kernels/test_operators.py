@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mambazoo.kernels.conv import _conv_op, _conv_update_op, causal_conv1d, causal_conv1d_update
-from mambazoo.kernels.norm import _norm_op, rms_norm
+from mambazoo.kernels.conv import _conv, _conv_update_op, causal_conv1d, causal_conv1d_update
+from mambazoo.kernels.norm import _norm, rms_norm
 from mambazoo.kernels.scan import selective_scan
 from mambazoo.kernels.step import _update_op, selective_state_update
 from torch import Tensor
@@ -123,10 +123,10 @@ def test_operators_pass_opcheck() -> None:
     state = torch.randn(2, 3, 5)
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     calls = [
-        (_conv_op, (x, weight, bias, state.clone().requires_grad_(), None, True, True, "torch")),
-        (_conv_op, (x[:1].detach().requires_grad_(), weight, None, None, bounds, False, False, "torch")),
-        (_norm_op, (x, bias, None, None, 1e-5, "torch")),
-        (_norm_op, (x, bias, x, x, 1e-5, "torch")),
+        (_conv.node, (x, weight, bias, state.clone().requires_grad_(), None, True, True, "torch")),
+        (_conv.node, (x[:1].detach().requires_grad_(), weight, None, None, bounds, False, False, "torch")),
+        (_norm.node, (x, bias, None, None, 1e-5, "torch")),
+        (_norm.node, (x, bias, x, x, 1e-5, "torch")),
         (_conv_update_op, (x[:, 0].detach(), state, weight.detach(), None, True, "torch")),
         (
             _update_op,

@@ -206,7 +206,7 @@ def test_operator_passes_opcheck(problem: Options) -> None:
     p = scan_problem(dtype=torch.float32, **problem)
     tensors = [p.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     tensors += [p.get(name) for name in ("B_bias", "initial_state")]
-    results = torch.library.opcheck(_scan, (*tensors, None, True, True, False, "euler", "torch"))
+    results = torch.library.opcheck(_scan.node, (*tensors, None, True, True, False, "euler", "torch"))
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mambazoo.kernels import conv_torch
-from mambazoo.kernels.conv import _conv_op, _conv_update_op, causal_conv1d, causal_conv1d_update
+from mambazoo.kernels.conv import _conv, _conv_update_op, causal_conv1d, causal_conv1d_update
 from torch import Tensor
 
 from .problems import DEVICE, Problem, assert_close, double, gradients, needs_triton
@@ -242,9 +242,9 @@ def test_operators_pass_opcheck() -> None:
     p = conv_problem(l=5)
     packed = conv_problem(1, 5, sequences=3)
     calls = [
-        (_conv_op, (*p.values(), None, True, True, "triton")),
-        (_conv_op, (packed["x"], packed["weight"], None, None, bounds_of(3, 0, 2), False, False, "triton")),
-        (_conv_op, (*packed.values(), bounds_of(3, 0, 2), False, True, "triton")),
+        (_conv.node, (*p.values(), None, True, True, "triton")),
+        (_conv.node, (packed["x"], packed["weight"], None, None, bounds_of(3, 0, 2), False, False, "triton")),
+        (_conv.node, (*packed.values(), bounds_of(3, 0, 2), False, True, "triton")),
     ]
     step = [x.detach() for x in (p["x"][:, 0], p["initial_state"], p["weight"], p["bias"])]
     for operator, arguments in [*calls, (_conv_update_op, (*step, True, "triton"))]:

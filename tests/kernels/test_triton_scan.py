@@ -195,7 +195,7 @@ def test_operator_passes_opcheck(packed: bool, complex_: bool) -> None:
     p = scan_problem(b=1 if packed else 2, l=9, d=8, n=4, dtype=F32, **options)
     p = {name: x.detach().to(DEVICE).requires_grad_() for name, x in p.items()}
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE) if packed else None
-    torch.library.opcheck(_scan, (*p.values(), bounds, True, True, False, "euler", "triton"))
+    torch.library.opcheck(_scan.node, (*p.values(), bounds, True, True, False, "euler", "triton"))
 
 
 @pytest.mark.parametrize(

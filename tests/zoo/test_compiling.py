@@ -124,7 +124,9 @@ def rows(l: int, seed: int) -> dict[str, torch.Tensor]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "backbone", [{}, {"pattern": "s4d", "norm": "batch"}, {"pattern": "attention"}], ids=str
+    "backbone",
+    [{}, {"pattern": "s4d", "norm": "batch"}, {"pattern": "attention"}, {"pool": [2], "bidirectional": None}],
+    ids=str,
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_graphs_of_many_shapes_train_to_the_same_bits(backbone: dict[str, Any], precision: str) -> None:
