@@ -31,7 +31,7 @@ def choose(
     )
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
-    if name != "reference" and not torch.compiler.is_compiling() and _is_transformed():
+    if name != "reference" and not torch.compiler.is_compiling() and is_transformed():
         raise ValueError(
             f"backend {name!r} has a gradient, but no rule for torch.func, vmap and derivatives in forward mode: "
             'call it without them, or use backend "reference"'
@@ -47,7 +47,15 @@ def choose(
     return name
 
 
-def _is_transformed() -> bool:
+def has_kernels(x: Tensor) -> bool:
+    """Whether `choose` says "triton" of x where nobody asks for another."""
+    name = os.environ.get("MAMBAZOO_BACKEND") or "triton"
+    return (
+        x.is_cuda and _HAS_TRITON and name == "triton" and x.dtype in _TRITON_DTYPES and not is_transformed()
+    )
+
+
+def is_transformed() -> bool:
     """Whether torch.func or forward mode is at work, under which an operator without a rule fails or leaves zeros."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 

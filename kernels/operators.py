@@ -21,7 +21,8 @@ class Operator:
         name: of the operator, without its namespace.
         function: from tensors and plain values to new tensors, which are no views of what came in.
         fake: what it returns where tensors have no values, shapes alone.
-        gradient: as torch.library takes them, what saves for the backward (ctx, inputs, output) and the backward.
+        gradient: as torch.library takes them, what saves for the backward (ctx, inputs, output) and the backward, whose
+            own gradient there is where it calls operators that have one.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Operator:
         self.function = function
         self.node = torch.library.custom_op(f"mambazoo::{name}", function, mutates_args=())
         self.node.register_fake(fake)
-        self.applied = function
+        self.applied: Callable[..., Any] | None = None
         if gradient is not None:
             save, backward = gradient
             self.node.register_autograd(backward, setup_context=save)
@@ -48,23 +49,28 @@ class Operator:
                     return output
 
                 @staticmethod
-                @torch.autograd.function.once_differentiable
                 def backward(ctx: Any, *gradients: Any) -> Any:
                     return backward(ctx, *gradients)
 
             self.applied = Applied.apply
 
     def __call__(self, *arguments: Any) -> Any:
-        if _is_watched(arguments):
+        grad = torch.is_grad_enabled()
+        if _is_watched(arguments) or (grad and self.applied is None and _needs_gradient(arguments)):
+            # an operator without a gradient says so where one is asked for
             return self.node(*arguments)
-        return (self.applied if torch.is_grad_enabled() else self.function)(*arguments)
+        return (self.applied if grad and self.applied is not None else self.function)(*arguments)
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
     """Whether a compiler, a mode or a tensor of another class is to see which operator is called."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return True
-    return any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
+    return any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in arguments)
+
+
+def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import is_transformed
+
 
 def boundaries(cu_seqlens: Tensor, l: int) -> list[int]:
     """Where packed sequences begin and end, (s + 1,), as numbers; on a GPU this waits for what is under way.
@@ -78,12 +80,23 @@ def joined(first: Tensor, second: Tensor, l: int) -> Tensor:
     return both
 
 
+def check_lengths(lengths: Tensor, b: int, l: int) -> None:
+    """Refuse lengths that are not those of b sequences in rows of l; a GPU's are looked at for their number alone."""
+    wrong = lengths.shape != (b,)
+    if not wrong and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = bool(((lengths < 0) | (lengths > l)).any())
+    if wrong:
+        raise ValueError(f"lengths must be ({b},), each from 0 to {l}, not {lengths.tolist()}")
+
+
 def reverse(x: Tensor, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Reverse every sequence of x (b, l, ...) where it lies: rows, the first lengths (b,) of them, or packed ones."""
     if lengths is None and cu_seqlens is None:
         return x.flip(1)
     t = torch.arange(x.shape[1], device=x.device)
     if lengths is not None:
+        # what is longer than its row must not reach into the next
+        lengths = lengths.clamp(max=x.shape[1])
         order = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
         rows = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
         return _rearrange(x, (rows + order).flatten())
@@ -95,6 +108,8 @@ def reverse(x: Tensor, *, lengths: Tensor | None = None, cu_seqlens: Tensor | No
 
 def _rearrange(x: Tensor, order: Tensor) -> Tensor:
     """Positions of x (b, l, ...) in another order (b l,), which leads back when it is taken twice."""
+    if is_transformed():
+        return x.flatten(0, 1).index_select(0, order).view(x.shape)
     y: Tensor = _Rearrange.apply(x, order)  # type: ignore[no-untyped-call]
     return y
 

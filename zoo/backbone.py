@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.sequences import check_lengths
 from .block import Block
 from .config import BackboneConfig
 from .norms import build_norm
@@ -99,6 +100,8 @@ class Backbone(Blocks):
         """
         if state is not None:
             self._require_a_state()
+        if lengths is not None:
+            check_lengths(lengths, *x.shape[:2])
         strands, packed, own = self.config.reverse_complement, cu_seqlens is not None, lengths
         if strands:
             x, cu_seqlens, lengths = split_strands(x, cu_seqlens, lengths)

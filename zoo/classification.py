@@ -40,7 +40,8 @@ class SequenceClassifier(Task):
         features: how many numbers an input has.
         patch: how many neighbouring inputs the backbone sees as one vector.
         filters: of samples of sound, through so many filters, rather than as they are (frontends.Filterbank).
-        pooling: masked (the mean over a sequence's own positions), mean (over its padding too), or last.
+        pooling: masked (the mean over a sequence's own positions), max (the largest of each number over these), mean
+            (over padding too), or last.
         class_weights: what a sequence of each class counts in the loss.
         average_strands: when measuring and predicting, average the logits of a sequence and its reverse complement
             (Caduceus-PH, 2403.03234).
@@ -71,10 +72,10 @@ class SequenceClassifier(Task):
             raise ValueError(f"model.num_classes: must be from 2 to {_MOST}, not {num_classes}")
         if patch < 1 or features < 1:
             raise ValueError(f"model.patch, model.features: must be 1 or more, not {patch} and {features}")
-        if filters is not None and (filters < 1 or vocab_size is not None or features != 1 or patch < 2):
+        if filters is not None and (filters < 1 or vocab_size is not None or features != 1 or patch % 4):
             raise ValueError(
-                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float), of which model.patch, 2 "
-                f"or more, make a vector; not {filters} beside model.patch={patch} and "
+                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float), of which model.patch, a "
+                f"multiple of 4, make a vector; not {filters} beside model.patch={patch} and "
                 f"{f'{features} features' if vocab_size is None else f'{vocab_size} codes'}"
             )
         if config.reverse_complement and (patch > 1 or vocab_size is None):
@@ -118,7 +119,7 @@ class SequenceClassifier(Task):
             self.embedding = TokenEmbedding(vocab_size, config.d_model, strands)
         self.patches: Patches | Filterbank | None = None
         if filters is not None:
-            self.patches = Filterbank(filters, patch, config.d_model)
+            self.patches = Filterbank(filters, patch, config.d_model, config.dropout)
         elif patch > 1 or vocab_size is None:
             self.patches = Patches(features if vocab_size is None else config.d_model, patch, config.d_model)
         self.backbone = build_backbone(config)
@@ -133,6 +134,10 @@ class SequenceClassifier(Task):
         """Logits (b, num_classes) of inputs (b, l), of which the first lengths (b,) count."""
         # padding that is pooled is part of the sequence
         lengths = None if self.pooling == "mean" else lengths
+        if lengths is not None and isinstance(self.patches, Filterbank):
+            raise ValueError(
+                "model.filters: hears what pads a row too; give rows of one length, without lengths"
+            )
         x, config = inputs if self.embedding is None else self.embedding(inputs), self.backbone.config
         if self.patches is not None:
             if lengths is not None:

@@ -41,13 +41,13 @@ class Compile(L.Callback):
             raise ValueError(
                 f"callbacks.compile.mode: {type(pl_module).__name__} has no backbone to compile; set it to null"
             )
+        device = trainer.strategy.root_device
+        if self.mode == "graphs" and device.type != "cuda":
+            return
         if any(isinstance(module, torch.nn.RNNBase) for module in backbone.modules()):
             raise ValueError(
                 "callbacks.compile.mode: PyTorch's LSTM cannot be compiled; set it to null, or leave lstm out"
             )
-        device = trainer.strategy.root_device
-        if self.mode == "graphs" and device.type != "cuda":
-            return
         if self.graphs and device.type != "cuda":
             raise ValueError(
                 f"callbacks.compile.mode: reduce-overhead captures CUDA graphs and cannot run on {device.type}; "
@@ -112,14 +112,23 @@ class Compile(L.Callback):
                     parameter.grad = parameter.grad.clone()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        backbone = getattr(pl_module, "backbone", None)
-        if backbone is not None and isinstance(backbone.forward, Graphs):
-            del backbone.forward
+        _forget_graphs(pl_module)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        _forget_graphs(pl_module)
 
     def _begin(self, batch: Any) -> None:
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
             pad_sequences(batch)
+
+
+def _forget_graphs(task: L.LightningModule) -> None:
+    backbone = getattr(task, "backbone", None)
+    if backbone is not None and isinstance(backbone.forward, Graphs):
+        del backbone.forward
 
 
 def pad_sequences(batch: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Attention
+from .unet import UNet
+
 # shapes that are recorded; what comes after is launched kernel by kernel
 MOST = 64
 
@@ -27,10 +30,13 @@ class Graphs:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone, self.run = backbone, backbone.forward
+        # these ask the GPU where packed sequences begin
+        self._packs = not any(isinstance(module, Attention | UNet) for module in backbone.modules())
         self._recorded: dict[tuple[Any, ...], _Graph] = {}
-        # graphs take turns, so that the memory of what lies between their ends may be the same
+        # graphs take turns, so that the memory of what lies between their ends, and of gradients, may be the same
         self._pool: Any = None
-        self._turn: Callable[[], _Turn | None] = lambda: None
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._turn: Callable[[], _Turn | None] = _nobody
 
     def __call__(self, x: Tensor, *, state: Any = None, **places: Tensor | None) -> tuple[Tensor, Any]:
         """Map x (b, l, d_model); places are cu_seqlens or lengths."""
@@ -48,7 +54,11 @@ class Graphs:
         weights = list(self.backbone.parameters())
         needs = (x.requires_grad, *(weight.requires_grad for weight in weights))
         trains = self.backbone.training and torch.is_grad_enabled() and any(needs)
-        if not (trains and x.is_cuda) or self._turn() is not None:
+        if (
+            not (trains and x.is_cuda)
+            or self._turn() is not None
+            or ("cu_seqlens" in places and not self._packs)
+        ):
             return None
         shapes = [(name, tuple(place.shape), place.dtype) for name, place in places.items()]
         key = (tuple(x.shape), x.dtype, torch.is_autocast_enabled("cuda"), *shapes, needs)
@@ -56,8 +66,17 @@ class Graphs:
             if len(self._recorded) == MOST:
                 return None
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._recorded[key] = _Graph(self.run, self.backbone, x, places, weights, self._pool)
+            for weight in weights:
+                if weight.requires_grad and weight not in self._gradients:
+                    self._gradients[weight] = torch.empty_like(weight)
+            self._recorded[key] = _Graph(
+                self.run, self.backbone, x, places, weights, self._gradients, self._pool
+            )
         return self._recorded[key]
+
+
+def _nobody() -> None:
+    """No batch waits for its backward."""
 
 
 class _Graph:
@@ -70,6 +89,7 @@ class _Graph:
         x: Tensor,
         places: dict[str, Tensor],
         weights: Sequence[Tensor],
+        gradients: dict[Tensor, Tensor],
         pool: Any,
     ) -> None:
         self.x = x.detach().clone().requires_grad_(x.requires_grad)
@@ -103,8 +123,12 @@ class _Graph:
         # other threads, which pin batches and write checkpoints, go on meanwhile
         with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
             y = forward()
+        # where each gradient goes: a weight's to one place, whatever the shape
+        sinks = [gradients[t] if t in gradients else torch.empty_like(t) for t in wanted]
+        self.gradients: list[Tensor | None] = []
         with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
-            self.gradients = backward(y)
+            for sink, gradient in zip(sinks, backward(y), strict=True):
+                self.gradients.append(None if gradient is None else sink.copy_(gradient))
         self.y = y.detach()
 
 

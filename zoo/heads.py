@@ -8,7 +8,7 @@ from ..kernels.cross_entropy import linear_cross_entropy
 from .frontends import TokenEmbedding, padded
 
 IGNORE = -100
-POOLINGS = ("last", "mean", "masked")
+POOLINGS = ("last", "mean", "masked", "max")
 
 
 class TokenHead(nn.Module):
@@ -62,7 +62,8 @@ def pool(y: Tensor, pooling: str, lengths: Tensor | None = None, *, strands: boo
 
     Args:
         pooling: last, the last position; masked, the mean over positions, of which lengths (b,) says how many there are
-            where sequences are padded at their end; mean, over all positions, padding included.
+            where sequences are padded at their end; mean, over all positions, padding included; max, over a sequence's
+            own positions the largest of each number.
         lengths: None where nothing is padded.
         strands: y is (b, l, 2 d), both strands (strands.py): each is pooled in its direction, and their mean returned.
     """
@@ -73,9 +74,10 @@ def pool(y: Tensor, pooling: str, lengths: Tensor | None = None, *, strands: boo
             # the other strand is read from the end, and ends where the sequence starts
             d = y.shape[2] // 2
             pooled = torch.cat([pooled[:, :d], y[:, 0, d:]], dim=-1)
-    elif pooling == "mean" or lengths is None:
-        pooled = y.mean(1)
+    elif lengths is None or pooling == "mean":
+        pooled = y.amax(1) if pooling == "max" else y.mean(1)
     else:
-        inside = torch.arange(y.shape[1], device=y.device) < ends[:, None]
-        pooled = (y * inside.unsqueeze(-1)).sum(1) / ends[:, None]
+        inside = (torch.arange(y.shape[1], device=y.device) < ends[:, None]).unsqueeze(-1)
+        largest = pooling == "max"
+        pooled = y.where(inside, -torch.inf).amax(1) if largest else (y * inside).sum(1) / ends[:, None]
     return pooled.unflatten(-1, (2, -1)).mean(1) if strands else pooled

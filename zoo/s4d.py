@@ -5,7 +5,7 @@
 
 What never changes along time is a convolution: one Fourier transform over the whole length, where a scan walks. A
 state that comes in or goes out takes products with powers of the decay. Where there are kernels of the scan, they are
-faster if states are small, and packed sequences are always walked over.
+faster if states are small, and for packed sequences.
 
 It is the model that `Mamba` is with `selective: []`, started as S4D is; there delta, B and C can be given to the input
 one by one, here they cannot. So pattern "s4d" beside "mamba" is the control that differs from the selective block in
@@ -13,6 +13,7 @@ selection alone (Mamba, table 6); block "s4" is the layer of S4 and SaShiMi (220
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from ..kernels import backend as backends
 from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.reference import hold
 from ..kernels.scan import selective_scan
+from ..kernels.sequences import boundaries
 from .config import S4DConfig
 from .mamba import MambaState, full, steps_before_softplus
 from .mixer import Mixer
@@ -131,6 +133,21 @@ class S4D(Mixer):
         )
         return y, None if after is None else after * share
 
+    def _compute(
+        self, u: Tensor, before: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`convolve` or `scan`, whichever takes less time."""
+        kernels = backends.has_kernels(u) and (cu_seqlens is not None or self.config.d_state <= MOST)
+        if kernels or not u.numel():
+            return self.scan(u, before, cu_seqlens)
+        if cu_seqlens is None:
+            return self.convolve(u, before)
+        if before is not None or torch.compiler.is_compiling():
+            # a compiler has no lengths to go by
+            return self.scan(u, before, cu_seqlens)
+        parts = u.split([b - a for a, b in pairwise(boundaries(cu_seqlens, u.shape[1]))], 1)
+        return torch.cat([self.convolve(part)[0] for part in parts if part.shape[1]], 1), None
+
     def _read(self, rows: Tensor, l: int) -> Tensor:
         """rows (..., d_inner, n) times the powers 0 to l - 1 of the decay, summed over states: (..., d_inner, l)."""
         coarse, fine = self._powers(l)
@@ -181,9 +198,7 @@ class S4D(Mixer):
                 cu_seqlens=cu_seqlens,
             )
         before = None if state is None else state.ssm
-        kernels = self.config.d_state <= MOST and backends.choose(None, u) == "triton"
-        walk = kernels or cu_seqlens is not None or not u.numel()
-        y, ssm_state = self.scan(u, before, cu_seqlens) if walk else self.convolve(u, before)
+        y, ssm_state = self._compute(u, before, cu_seqlens)
         y = self._activate(y, z).to(u.dtype)
         if conv_state is None or ssm_state is None:
             return y, None

@@ -1,5 +1,7 @@
 """The convolution, the norm and the one-token update against the reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from mambazoo.kernels.conv import _conv, _conv_update_op, causal_conv1d, causal_conv1d_update
@@ -232,3 +234,32 @@ def test_a_narrow_state_does_not_narrow_the_convolution(backend: str) -> None:
         for name, state in zip((backend, "reference"), states, strict=True)
     )
     assert_close("y", y, truth, 1e-6)
+
+
+def scan_of(x: Tensor) -> Tensor:
+    matrix = torch.ones(*x.shape[:2], 3, dtype=x.dtype)
+    return selective_scan(x, x.abs(), -torch.ones(x.shape[2], 3, dtype=x.dtype), matrix, matrix)[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        scan_of,
+        lambda x: causal_conv1d(x, torch.ones(4, 3, dtype=x.dtype), activation="silu")[0],
+        lambda x: rms_norm(x, torch.ones(4, dtype=x.dtype))[0],
+    ],
+    ids=["scan", "conv", "norm"],
+)
+def test_a_gradient_of_a_gradient_is_refused_and_not_wrong(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 6, 4, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.square().sum().backward()
+
+
+def test_what_has_no_values_has_shapes() -> None:
+    x, bounds = torch.empty(1, 10, 4, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
+    y, _ = causal_conv1d(x, torch.empty(4, 3, device="meta"), cu_seqlens=bounds)
+    matrix = torch.empty(1, 10, 3, device="meta")
+    z, _ = selective_scan(y, y, torch.empty(4, 3, device="meta"), matrix, matrix, cu_seqlens=bounds)
+    assert rms_norm(z, torch.empty(4, device="meta"))[0].shape == (1, 10, 4)

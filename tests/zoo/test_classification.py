@@ -69,12 +69,14 @@ def test_pooling_is_over_what_it_says() -> None:
     torch.testing.assert_close(pool(y, "last"), y[:, 5])
     torch.testing.assert_close(pool(y, "masked", lengths), torch.stack([y[0, :3].mean(0), y[1].mean(0)]))
     torch.testing.assert_close(pool(y, "mean", lengths), y.mean(1))
+    assert torch.equal(pool(y, "max", lengths), torch.stack([y[0, :3].amax(0), y[1].amax(0)]))
+    assert torch.equal(pool(y, "max"), y.amax(1))
     torch.testing.assert_close(pool(y, "masked"), y.mean(1))
     both = torch.stack([(y[0, 2, :2] + y[0, 0, 2:]) / 2, (y[1, 5, :2] + y[1, 0, 2:]) / 2])
     torch.testing.assert_close(pool(y, "last", lengths, strands=True), both)
 
 
-@pytest.mark.parametrize("pooling", ["last", "masked"])
+@pytest.mark.parametrize("pooling", ["last", "masked", "max"])
 @pytest.mark.parametrize("backbone", KINDS, ids=str)
 @torch.no_grad()
 def test_padding_changes_nothing(backbone: dict[str, Any], pooling: str) -> None:
@@ -92,7 +94,7 @@ def test_the_mean_counts_padding_as_the_sequence() -> None:
     assert torch.equal(model(tokens, torch.tensor([5, 12])), model(tokens))
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "masked"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "masked", "max"])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([5, 12, 1])], ids=["whole", "padded"])
 @torch.no_grad()
 def test_both_strands_are_of_one_class(pooling: str, lengths: Tensor | None) -> None:
@@ -119,7 +121,7 @@ def test_both_strands_are_of_one_class(pooling: str, lengths: Tensor | None) -> 
     assert not torch.allclose(plain.predict(batches[0]), plain.predict(batches[1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("pooling", ["last", "masked"])
+@pytest.mark.parametrize("pooling", ["last", "masked", "max"])
 @pytest.mark.parametrize(
     "backbone", [{}, {"bidirectional": "tied"}, {"pool": [2], "pattern": "s4d"}], ids=str
 )
@@ -148,14 +150,15 @@ def test_samples_are_read_by_patches_and_padding_changes_nothing(
 
 @torch.no_grad()
 def test_filters_hear_what_is_loud_and_when_however_loud_it_is() -> None:
-    bank, t = Filterbank(20, 80, 8), torch.arange(4000) / 8000
+    bank, t = Filterbank(20, 320, 8).eval(), torch.arange(4000) / 8000
     # what the 6th and the 14th filter are for, in cycles a sample
     middles = [(9 ** (place / 21) - 1) / 16 for place in (6, 14)]
     low, high = (torch.sin(2 * torch.pi * middle * 8000 * t) for middle in middles)
     # the lower tone in the first half, the higher one in the second
     x = torch.where(t < 0.25, low, high)[None]
     energies = bank._energies(x)[0]
-    assert energies.shape == (20, 50)
+    # 13 vectors of 4 windows, of which there is sound in 50
+    assert energies.shape == (20, 52)
     loudest = energies.argmax(0)
     assert (loudest[3:22] == 5).all()
     assert (loudest[28:47] == 13).all()
@@ -163,17 +166,37 @@ def test_filters_hear_what_is_loud_and_when_however_loud_it_is() -> None:
     assert energies[5, 10].item() == pytest.approx(0.25, rel=0.01)
     samples = x[..., None]
     torch.testing.assert_close(bank(0.1 * samples), bank(samples), rtol=1e-2, atol=1e-3)
-    silence = bank(torch.zeros(1, 4000, 1))
-    torch.testing.assert_close(silence[:, 3:-3], silence[:, 3:4].expand(-1, 44, -1))
-    assert [bank(torch.zeros(1, l, 1)).shape[1] for l in (1, 80, 81, 8000)] == [1, 1, 2, 100]
+    silence = bank(torch.zeros(1, 6400, 1))
+    torch.testing.assert_close(silence[:, 2:-2], silence[:, 2:3].expand(-1, 16, -1))
+    assert [bank(torch.zeros(1, l, 1)).shape[1] for l in (1, 320, 321, 8000)] == [1, 1, 2, 25]
 
 
-@pytest.mark.parametrize(("size", "step"), [(80, 8), (16, 1), (7, 1), (110, 11), (100, 10)])
-def test_filters_are_centred_on_what_they_stand_for(size: int, step: int) -> None:
-    bank = Filterbank(6, size, 4)
-    assert bank.step == step
-    x = torch.zeros(1, 9 * size)
-    x[0, 4 * size + size // 2] = 1
+def test_silence_has_gradients_and_filters_want_rows_of_one_length() -> None:
+    model = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2, patch=80, filters=12)
+    inputs = torch.randn(2, 800, 1)
+    inputs[1] = 0
+    model(inputs).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(
+        ValueError, match=r"model.filters: hears what pads a row too; give rows of one length"
+    ):
+        model(inputs, torch.tensor([800, 400]))
+
+
+@pytest.mark.parametrize("lengths", [[12, 5, 3], [10, -1, 3], [10, 5]])
+@pytest.mark.parametrize("pattern", ["mamba", "attention"])
+def test_lengths_that_cannot_be_are_refused(pattern: str, lengths: list[int]) -> None:
+    model = build(3, {"bidirectional": "tied", "pattern": pattern})
+    with pytest.raises(ValueError, match=r"lengths must be \(3,\), each from 0 to 10, not"):
+        model(torch.randint(4, (3, 10)), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize(("hop", "step"), [(80, 8), (16, 1), (7, 1), (110, 11), (100, 10)])
+def test_windows_are_centred_on_what_they_stand_for(hop: int, step: int) -> None:
+    bank = Filterbank(6, 4 * hop, 4)
+    assert (bank.hop, bank.step) == (hop, step)
+    x = torch.zeros(1, 9 * hop)
+    x[0, 4 * hop + hop // 2] = 1
     energies = bank._energies(x).sum(1)[0]
     assert energies.argmax() == 4
     torch.testing.assert_close(energies[3], energies[5], rtol=0.3, atol=0)
@@ -309,7 +332,7 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
         ({"num_classes": 1}, "model.num_classes: must be from 2 to 4096"),
         (
             {"pooling": "maskd"},
-            "model.pooling: must be one of last, mean, masked, not 'maskd', did you mean 'masked'",
+            "model.pooling: must be one of last, mean, masked, max, not 'maskd', did you mean 'masked'",
         ),
         ({"class_weights": [1.0, 0.0]}, "model.class_weights: must be 2 numbers above 0"),
         ({"class_weights": [1.0]}, "model.class_weights: must be 2 numbers"),
@@ -318,7 +341,10 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
         ({"patch": 0}, "model.patch, model.features: must be 1 or more"),
         ({"backbone": {"reverse_complement": True}, "patch": 4}, "leave out model.patch"),
         ({"filters": 8, "patch": 4}, "model.filters: must be 1 or more, for sound as numbers.*and 6 codes"),
-        ({"filters": 8, "vocab_size": None}, "model.filters: .* not 8 beside model.patch=1 and 1 features"),
+        (
+            {"filters": 8, "vocab_size": None, "patch": 6},
+            "a multiple of 4.* not 8 beside model.patch=6 and 1 f",
+        ),
         ({"backbone": {"bidirectional": "both"}}, "backbone.bidirectional: must be one of tied, untied"),
     ],
 )

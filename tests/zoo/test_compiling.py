@@ -165,9 +165,10 @@ def test_a_graph_is_not_replayed_before_its_gradients_are_taken() -> None:
 
 
 def test_graphs_leave_a_cpu_as_it_is() -> None:
-    model = build()
-    train(Compile("graphs"), model)
-    assert "forward" not in vars(model.backbone)
+    lstm = LanguageModel({"d_model": 16, "n_layers": 2, "pattern": "mamba + lstm"}, vocab_size=20)
+    for model in (build(), lstm):
+        train(Compile("graphs"), model)
+        assert "forward" not in vars(model.backbone)
 
 
 class NoBackbone(Task):

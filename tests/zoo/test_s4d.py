@@ -227,3 +227,10 @@ def test_compiles_as_one_graph() -> None:
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         S4DConfig(**values)
+
+
+def test_transforms_of_functions_work_where_there_are_no_kernels() -> None:
+    mixer, x = build({"block": "s4"}), torch.randn(2, 9, 12, dtype=torch.float64)
+    found = torch.func.grad(lambda x: mixer(x)[0].square().sum())(x)
+    (expected,) = torch.autograd.grad(mixer(x.requires_grad_())[0].square().sum(), x)
+    torch.testing.assert_close(found, expected)
