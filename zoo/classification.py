@@ -72,10 +72,10 @@ class SequenceClassifier(Task):
             raise ValueError(f"model.num_classes: must be from 2 to {_MOST}, not {num_classes}")
         if patch < 1 or features < 1:
             raise ValueError(f"model.patch, model.features: must be 1 or more, not {patch} and {features}")
-        if filters is not None and (filters < 1 or vocab_size is not None or features != 1 or patch % 4):
+        if filters is not None and (filters < 1 or vocab_size is not None or features != 1 or patch < 2):
             raise ValueError(
-                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float), of which model.patch, a "
-                f"multiple of 4, make a vector; not {filters} beside model.patch={patch} and "
+                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float), of which model.patch, 2 "
+                f"or more, make a vector; not {filters} beside model.patch={patch} and "
                 f"{f'{features} features' if vocab_size is None else f'{vocab_size} codes'}"
             )
         if config.reverse_complement and (patch > 1 or vocab_size is None):
@@ -119,7 +119,7 @@ class SequenceClassifier(Task):
             self.embedding = TokenEmbedding(vocab_size, config.d_model, strands)
         self.patches: Patches | Filterbank | None = None
         if filters is not None:
-            self.patches = Filterbank(filters, patch, config.d_model, config.dropout)
+            self.patches = Filterbank(filters, patch, config.d_model)
         elif patch > 1 or vocab_size is None:
             self.patches = Patches(features if vocab_size is None else config.d_model, patch, config.d_model)
         self.backbone = build_backbone(config)

@@ -1,13 +1,10 @@
 """What turns a batch's inputs into the vectors that the backbone mixes."""
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .norms import BatchNorm
 
 
 def padded(vocab_size: int) -> int:
@@ -51,38 +48,38 @@ class Patches(nn.Linear):
 
 
 class Filterbank(nn.Module):
-    """What a sound is like in every band, and near it: (b, l, 1) to a vector for every `size` samples, (b, m, d_out).
+    """How loud each band of a sound is around every size-th sample: (b, l, 1) to (b, l / size, d_out), rounded up.
 
-    Complex filters that are learnt start as Gabor wavelets, spaced as an ear's, and their energy is averaged over
-    windows, four to a vector (TD-filterbanks, Zeghidour et al., 1711.01161). Before a logarithm it is measured by how
-    loud that band is in the whole of the sequence, and by the sequence itself (as in PCEN, Wang et al., 1607.05666):
-    that takes away what a microphone does to a band and how loud a voice is, and leaves silence 0. Every vector so
-    depends on all samples, padding too. Convolutions over bands and time, which keep the largest of neighbours, see
-    alike what higher and lower, faster and slower voices say.
+    Complex filters that are learnt start as Gabor wavelets, spaced as an ear's, and their energy is averaged over a
+    window (TD-filterbanks, Zeghidour et al., 1711.01161). Before a logarithm it is measured by how loud that band is in
+    the whole of the sequence, and by the sequence itself (as in PCEN, Wang et al., 1607.05666): that takes away what a
+    microphone does to a band and how loud a voice is, and leaves silence 0. Every vector so depends on all samples,
+    padding too. Two convolutions over bands and time, which halve the bands, then see alike what higher and lower
+    voices say.
     """
 
-    # windows to a vector, and the length of one in steps from it to the next
-    WINDOWS, SPAN = 4, 2.5
+    # the length of a window, in steps from a vector to the next
+    SPAN = 2.5
     # how much of the measure is the band's own loudness, and the energy, of that, at which the logarithm begins
     OWN, LEAST = 0.8, 0.01
-    # of the first convolution and of the others
-    CHANNELS = (24, 48, 48, 48)
+    # of the convolutions
+    CHANNELS = 32
 
     window: Tensor
 
-    def __init__(self, filters: int, size: int, d_out: int, dropout: float = 0.0) -> None:
+    def __init__(self, filters: int, size: int, d_out: int) -> None:
         super().__init__()
-        self.size, self.hop, self.dropout = size, size // self.WINDOWS, dropout
-        # energies are taken ten times from a window to the next, or at every sample
-        self.step = max(step for step in range(1, max(1, self.hop // 10) + 1) if self.hop % step == 0)
-        width = 2 * round(self.SPAN * self.hop / 2) + 1
-        self.filters = nn.Parameter(_gabor(filters, width).flatten(0, 1)[:, None])
-        window = torch.hann_window(2 * round(self.SPAN * self.hop / self.step / 2) + 3, periodic=False)[1:-1]
+        self.size = size
+        # energies are taken ten times from a vector to the next, or at every sample
+        self.step = max(step for step in range(1, max(1, size // 10) + 1) if size % step == 0)
+        self.filters = nn.Parameter(
+            _gabor(filters, 2 * round(self.SPAN * size / 2) + 1).flatten(0, 1)[:, None]
+        )
+        window = torch.hann_window(2 * round(self.SPAN * size / self.step / 2) + 3, periodic=False)[1:-1]
         self.register_buffer("window", (window / window.sum())[None, None], persistent=False)
-        pairs = list(pairwise((1, *self.CHANNELS)))
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairs)
-        self.norms = nn.ModuleList(BatchNorm(b, 1e-5) for _, b in pairs)
-        self.out = nn.Linear(self.CHANNELS[-1] * -(-filters // 8), d_out)
+        self.near = nn.Conv2d(1, self.CHANNELS, 3, stride=(2, 1), padding=1)
+        self.far = nn.Conv2d(self.CHANNELS, self.CHANNELS, 3, stride=(2, 1), padding=1)
+        self.out = nn.Linear(self.CHANNELS * -(-filters // 4), d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         # quiet bands have energies that 16 bits do not tell apart
@@ -91,18 +88,13 @@ class Filterbank(nn.Module):
             # a power of 0 has no derivative
             loud = y.mean(2, keepdim=True) + 1e-10
             usual = loud**self.OWN * loud.mean(1, keepdim=True) ** (1 - self.OWN)
-            y = torch.log1p(y / (self.LEAST * usual))[:, None]
-        # halved after the first, the second and the last: bands each time, time twice
-        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            y = norm(convolution(y).movedim(1, -1))[0].movedim(-1, 1).relu()
-            if i != 2:
-                y = F.max_pool2d(y, (2, 2) if i < 2 else (2, 1), ceil_mode=True)
-                y = F.dropout2d(y, self.dropout, self.training)
+            y = torch.log1p(y / (self.LEAST * usual))
+        y = F.gelu(self.far(F.gelu(self.near(y[:, None]))))
         return self.out(y.flatten(1, 2).mT)
 
     def _energies(self, x: Tensor) -> Tensor:
-        """Samples (b, l) to what each filter lets through of them around the middle of windows (b, filters, 4 m)."""
-        edge, parts, reach = self.filters.shape[2] // 2, self.hop // self.step, self.window.shape[2] // 2
+        """Samples (b, l) to what each filter lets through of them around the middle of every group (b, filters, m)."""
+        edge, parts, reach = self.filters.shape[2] // 2, self.size // self.step, self.window.shape[2] // 2
         x = F.pad(x, (edge, edge + -x.shape[1] % self.size))[:, None]
         y = F.conv1d(x, self.filters, stride=self.step).unflatten(1, (2, -1)).square().sum(1)
         sides = (reach - parts // 2, reach - (parts - 1) // 2)
