@@ -1,5 +1,6 @@
 """Recipes for runs of several ranks, and what they come to when nothing interrupts them."""
 
+import os
 import random
 from multiprocessing import forkserver
 from pathlib import Path
@@ -16,7 +17,8 @@ from .several import ACCELERATOR, STEPS, fit
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # the server that forks the ranks imports before it is told where from
-        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / ".path"))
+        here = str(Path(__file__).resolve().parents[2] / ".path")
+        patch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
         patch.setenv("OMP_NUM_THREADS", "1")
         # what a test before this one ran in this process
         patch.delenv("MAMBAZOO_RUN", raising=False)
