@@ -128,11 +128,8 @@ class _Scan:
         self.size = self.d // self.groups
         self.N = max(2, next_power_of_2(self.n))
         # sums over channels go through the matrix units where they need not be more exact than what they end up in
-        self.mma = (
-            self.N == 16
-            and not self.complex
-            and all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
-        )
+        narrow = all(x.dtype == torch.bfloat16 for x in (u, B, C) if x.ndim > 2)
+        self.mma = narrow and self.N == 16 and not self.complex
         self.plain = discretization == "euler" and B_bias is None and all(x.ndim > 2 for x in (delta, B, C))
         # warps of a program read the same B and C from the cache nearest to them
         self.warps = next((w for w in (4, 2) if self.mma and self.size % (64 * w) == 0), 1)
@@ -262,21 +259,13 @@ class _Scan:
         """
         last = states.new_empty(self.sequences, self.n, self.d) if whole else None
         numbers = self.n * self.d // (1 + self.complex)
-        carry_kernel[(self.sequences * cdiv(numbers, _CARRY_STATES),)](
-            **self._of(
-                carry_kernel,
-                states_ptr=states,
-                decays_ptr=decays,
-                first_ptr=states if first is None else first,
-                last_ptr=states if last is None else last,
-                BLOCK=_CARRY_STATES,
-                U=_CARRY_CHUNKS,
-                HAS_FIRST=first is not None,
-                HAS_LAST=last is not None,
-                BACKWARD=backward,
-            ),
-            num_warps=1,
-        )
+        own = {
+            "states_ptr": states, "first_ptr": states if first is None else first, "HAS_FIRST": first is not None,
+            "decays_ptr": decays, "last_ptr": states if last is None else last, "HAS_LAST": last is not None,
+            "BLOCK": _CARRY_STATES, "U": _CARRY_CHUNKS, "BACKWARD": backward,
+        }  # fmt: skip
+        blocks = self.sequences * cdiv(numbers, _CARRY_STATES)
+        carry_kernel[(blocks,)](**self._of(carry_kernel, **own), num_warps=1)
         return last
 
     def partial_sums(self, like: Tensor, kernel: Any, kept: Tensor) -> Tensor:
