@@ -31,7 +31,7 @@ def choose(
     )
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
-    if name != "reference" and not torch.compiler.is_compiling() and is_transformed():
+    if name != "reference" and is_transformed():
         raise ValueError(
             f"backend {name!r} has a gradient, but no rule for torch.func, vmap and derivatives in forward mode: "
             'call it without them, or use backend "reference"'
@@ -57,6 +57,9 @@ def has_kernels(x: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func or forward mode is at work, under which an operator without a rule fails or leaves zeros."""
+    # a compiler cannot trace the question, and has transforms of its own
+    if torch.compiler.is_compiling():
+        return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
