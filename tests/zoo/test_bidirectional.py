@@ -161,9 +161,12 @@ def test_boundaries_of_a_row_read_from_its_end() -> None:
 @pytest.mark.parametrize("pattern", ["mamba", "s4d", "attention"])
 @pytest.mark.filterwarnings("ignore")
 def test_padded_rows_compile_as_one_graph(pattern: str) -> None:
+    # of one function a process compiles few kinds
+    torch._dynamo.reset()
     model, x = build("tied", pattern=pattern, attention={"d_head": 8}), random(3, 11, 32).requires_grad_()
     lengths = torch.tensor([11, 4, 7])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = [one(x, lengths=lengths)[0] for one in (model, compiled)]
     torch.testing.assert_close(*found)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in found))
+    torch._dynamo.reset()
