@@ -1,4 +1,4 @@
-"""Whole numbers as the host counts with them: Triton's functions of these names take it ten times as long."""
+"""Whole numbers as the host counts with them: Triton's functions of these names take it many times as long."""
 
 
 def cdiv(a: int, b: int) -> int:
