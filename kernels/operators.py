@@ -1,8 +1,9 @@
 """Functions on tensors as others see them: one node to compilers, and in eager mode no more than a call.
 
 An operator of torch.library is what torch.compile, torch.export and modes that watch what is called want. The way
-through one with a gradient takes the host some 150 microseconds, for the three of a layer of Mamba a quarter of all that it
-has to do (docs/log.md); so where nobody watches, the same function runs with the same gradient as an autograd.Function.
+through one with a gradient takes the host some 150 microseconds, for the three of a layer of Mamba a quarter of all
+that it has to do (docs/log.md); so where nobody watches, the same function runs with the same gradient as an
+autograd.Function.
 """
 
 from collections.abc import Callable
