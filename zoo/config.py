@@ -353,6 +353,8 @@ class OptimizerConfig(Config):
     # the rate of what makes delta is this times that of the rest; below 1, long sequences train more steadily (B2S6,
     # 2505.09022, section 6). Where delta, B and C share x_proj, as in the reference's layout, that keeps the full rate
     delta_lr: float = 1.0
+    # and that of A; S4's recipes have 1e-3 for it, whatever the rest has
+    A_lr: float = 1.0
     # an anomaly is a step whose loss or gradient is not finite or, unless this is null, a spike: a gradient of so many
     # times the norm of the last ones, or a loss above them by so many times their mean deviation
     spike: float | None = None
@@ -364,7 +366,7 @@ class OptimizerConfig(Config):
         _one_of("optimizer.anomaly", self.anomaly, ("skip", "stop"))
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
-        _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr")
+        _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr", "A_lr")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas: must be from 0 to below 1, not {list(self.betas)}")
         for name in ("weight_decay", "warmup_steps", "min_lr"):

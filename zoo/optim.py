@@ -17,6 +17,8 @@ STATE_SPACE = ("A_log", "A_imag", "B_bias", "D", "dt_bias", "dt_proj.bias")
 
 # what makes delta and nothing else
 _DELTA = re.compile(r"(?:^|\.)(?:delta_proj|dt_proj|dt_bias)(?:\.|$)")
+# A, its size and its turn
+_A = re.compile(r"(?:^|\.)A_(?:log|imag)$")
 
 # what reads a backbone's output
 HEADS = ("head", "classifier")
@@ -51,19 +53,25 @@ def depths(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, delta_lr: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    delta_lr: float = 1.0,
+    A_lr: float = 1.0,
 ) -> list[dict[str, object]]:
-    """Split what is trained by whether it decays and by its learning rate, where layer_decay or delta_lr is not 1.
+    """Split what is trained by whether it decays and by its learning rate, where that is not one for all.
 
     `scale` of a group is what its learning rate is multiplied by: layer_decay for each step down from the output
-    (ELECTRA, 2003.10555, section 3.1), and delta_lr for what makes the steps of a state space (B2S6, section 6).
+    (ELECTRA, 2003.10555, section 3.1), delta_lr for what makes the steps of a state space (B2S6, section 6), and A_lr
+    for its A.
     """
     depth = depths(model)
     top = max(depth.values(), default=0)
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            scale = layer_decay ** (top - depth[name]) * (delta_lr if _DELTA.search(name) else 1.0)
+            own = delta_lr if _DELTA.search(name) else A_lr if _A.search(name) else 1.0
+            scale = layer_decay ** (top - depth[name]) * own
             groups.setdefault((scale, decays(name, p)), []).append(p)
     # the largest rate first: it is the one that is logged
     return [
@@ -101,7 +109,7 @@ def build_optimizer(
     model: nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over the groups, and its schedule, to be stepped once an optimiser step."""
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.delta_lr)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.delta_lr, config.A_lr)
     for group in groups:
         group["lr"] = config.lr * group.pop("scale")  # type: ignore[operator]
     optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

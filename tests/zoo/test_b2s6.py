@@ -265,8 +265,20 @@ def test_delta_learns_at_a_rate_of_its_own() -> None:
     # with a rate for every layer both count
     rates = [group["scale"] for group in parameter_groups(model, 0.1, 0.5, 0.1)]
     assert list(dict.fromkeys(rates)) == pytest.approx([1, 0.5, 0.25, 0.05, 0.025])
-    with pytest.raises(ValueError, match=r"optimizer.delta_lr: must be above 0"):
-        OptimizerConfig(delta_lr=0.0)
+    for name in ("delta_lr", "A_lr"):
+        with pytest.raises(ValueError, match=rf"optimizer.{name}: must be above 0"):
+            OptimizerConfig(**{name: 0.0})
+
+
+def test_a_learns_at_a_rate_of_its_own() -> None:
+    model = LanguageModel({"d_model": 16, "n_layers": 2, "pattern": "mamba + s4d"}, 20)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer, _ = build_optimizer(model, OptimizerConfig(lr=1e-2, A_lr=0.1), 10)
+    slow = [group for group in optimizer.param_groups if group["lr"] == pytest.approx(1e-3)]
+    # the state space does not decay, whatever its rate
+    assert [group["weight_decay"] for group in slow] == [0.0]
+    assert {names[id(p)].partition("mixer.")[2] for p in slow[0]["params"]} == {"A_log", "A_imag"}
+    assert len(slow[0]["params"]) == 3
 
 
 def test_one_rate_leaves_the_groups_as_they_were() -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mambazoo.kernels.sequences import boundaries, joined, mirrored
 from mambazoo.zoo.backbone import Backbone
 from mambazoo.zoo.bidirectional import Bidirectional
-from mambazoo.zoo.config import BackboneConfig, MambaConfig
+from mambazoo.zoo.config import BackboneConfig, MambaConfig, S4DConfig
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.mamba import Mamba
+from mambazoo.zoo.s4d import S4D
 
 BOTH = pytest.mark.parametrize("bidirectional", ["tied", "untied"])
 
@@ -46,6 +48,15 @@ def test_is_the_sum_of_a_mixer_and_of_another_on_the_reverse(bidirectional: str)
     y, state = Bidirectional(first, second, tied=bidirectional == "tied")(x)
     torch.testing.assert_close(y, expected)
     assert state is None
+
+
+def test_the_activation_of_s4_sees_the_sum_of_both_directions() -> None:
+    config, x = S4DConfig(block="s4"), random(2, 11, 32)
+    ahead, back = (S4D(32, config).double() for _ in range(2))
+    weight, bias = ahead.out_proj.weight, ahead.out_proj.bias
+    both = ahead.convolve(x)[0] + back.convolve(x.flip(1))[0].flip(1)
+    expected = F.glu(F.linear(F.gelu(both, approximate="tanh"), weight, bias))
+    torch.testing.assert_close(Bidirectional(ahead, back, tied=True)(x)[0], expected)
 
 
 @BOTH
