@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from ..zoo.config import nearest
+from ..zoo.values import nearest
 from . import remote
 
 REGISTRY = Path(__file__).resolve().parent / "registry.yaml"

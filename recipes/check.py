@@ -15,7 +15,7 @@ def check(name: str, overrides: list[str]) -> int:
     config = compose(find(name), overrides)
     config.pop("name", None)
     from .finetune import Start
-    from .launch import PRETRAINED, data_problems
+    from .launch import PRETRAINED, objections
     from .train import launched
 
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +30,7 @@ def check(name: str, overrides: list[str]) -> int:
                 start.hand_over(launch, config)
         except (ValueError, OSError) as error:
             problems = str(error).splitlines()
-            problems += data_problems(config, problems)
+            problems += objections(config, problems)
             print("\n".join(f"mambazoo: {problem}" for problem in dict.fromkeys(problems)), file=sys.stderr)
             return 2
         _report(launch)

@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..zoo.config import SIZES, nearest
+from ..zoo.config import SIZES
+from ..zoo.values import nearest
 
 ROOT = Path(__file__).resolve().parent
 SECTIONS = ("seed_everything", "model", "data", "finetune", "trainer", "callbacks", "loggers", "plugins")

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ..zoo.config import Config, nearest
 from ..zoo.finetune import FineTuning
+from ..zoo.values import Config, nearest
 from .find import SECTIONS
 
 # what a model starts from, which is no argument of its class
@@ -165,21 +165,27 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def data_problems(config: dict[str, Any], known: list[str]) -> list[str]:
-    """What the data module of a recipe objects to, beside the problems that are known of its keys."""
+def objections(config: dict[str, Any], known: list[str]) -> list[str]:
+    """What data module and callbacks of a recipe, built by themselves, object to, beside what is known of its keys."""
     try:
         classes, values, _ = _split_classes(config)
-        wrong = {problem.partition(":")[0] for problem in known}
-        rest = {key: value for key, value in values["data"].items() if f"data.{key}" not in wrong}
-        try:
-            inspect.signature(classes["data"]).bind(**rest)
-        except TypeError:
-            # what is wrong is something that it cannot do without
-            return []
-        classes["data"](**rest)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return str(error).splitlines()
-    return []
+    wrong = {problem.partition(":")[0] for problem in known}
+    found: list[str] = []
+    for key, class_ in classes.items():
+        section, _, name = key.partition(".")
+        if section not in ("data", "callbacks", FINETUNE):
+            continue
+        given = values[section][name] if name else values[section]
+        rest = {option: value for option, value in given.items() if f"{key}.{option}" not in wrong}
+        # a TypeError: what is wrong is something that it cannot do without
+        with contextlib.suppress(TypeError):
+            try:
+                class_(**rest)
+            except (ValueError, OSError) as error:
+                found += str(error).splitlines()
+    return found
 
 
 def _split_classes(config: dict[str, Any]) -> tuple[dict[str, type], dict[str, Any], list[str]]:

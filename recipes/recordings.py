@@ -82,7 +82,7 @@ def _labels(given: str | None, model: "WaveformModel", sound: "Waveform", number
     if given is None:
         return [i % model.num_classes for i in range(number)]
     if given not in names:
-        from ..zoo.config import nearest
+        from ..zoo.values import nearest
 
         raise ValueError(f"--label: {given!r} is none of {', '.join(names)}{nearest(given, names)}")
     return [names.index(given)] * number

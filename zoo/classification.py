@@ -13,13 +13,14 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-from .config import BackboneConfig, nearest
+from .config import BackboneConfig
 from .frontends import Filterbank, Patches, TokenEmbedding
 from .heads import IGNORE, POOLINGS, pool
 from .ranks import ranks, sum_over_ranks
 from .strands import complement_table, reverse_complement
 from .task import Batch, Task
 from .unet import build_backbone
+from .values import nearest
 
 # classes whose confusion matrix has room in memory
 _MOST = 1 << 12

@@ -1,52 +1,10 @@
 """What a model is made of, as plain numbers: frozen dataclasses that read from and write to a JSON object."""
 
-import dataclasses
-import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-
-@dataclass(frozen=True)
-class Config:
-    """A dataclass of plain values that checks what it is given."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "") -> Self:
-        """Build from plain values, nested where a field is a config.
-
-        Raises:
-            ValueError: every unknown key with the nearest right one and every wrong type, a line each.
-        """
-        problems = cls.problems(values, where)
-        if problems:
-            raise ValueError("\n".join(problems))
-        hints = typing.get_type_hints(cls)
-        return cls(**{key: _build(hints[key], value) for key, value in values.items()})
-
-    @classmethod
-    def problems(cls, values: dict[str, Any], where: str = "") -> list[str]:
-        """Everything that keeps `values` from being this config, a sentence each, keys prefixed by `where`."""
-        prefix = f"{where}." if where else ""
-        hints = typing.get_type_hints(cls)
-        found = []
-        for key, value in values.items():
-            if key not in hints:
-                found.append(f"{prefix}{key}: there is no such key{nearest(key, hints)}")
-            elif isinstance(hints[key], type) and issubclass(hints[key], Config):
-                if isinstance(value, dict):
-                    found += hints[key].problems(value, prefix + key)
-                elif not isinstance(value, hints[key]):
-                    found.append(f"{prefix}{key}: must be a section of keys, not {value!r}")
-            elif not _fits(hints[key], value):
-                found.append(f"{prefix}{key}: must be {_describe(hints[key])}, not {value!r}")
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` reads."""
-        return dataclasses.asdict(self)
+from .values import LARGEST, Config, at_most, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -76,14 +34,14 @@ class MambaConfig(Config):
     discretization: str = "euler"
 
     def __post_init__(self) -> None:
-        _one_of("mamba.a_init", self.a_init, ("s4d-real", "s4d-lin", "constant", "random"))
-        _one_of("mamba.dt_init", self.dt_init, ("random", "constant"))
-        _one_of("mamba.discretization", self.discretization, ("euler", "zoh"))
+        one_of("mamba.a_init", self.a_init, ("s4d-real", "s4d-lin", "constant", "random"))
+        one_of("mamba.dt_init", self.dt_init, ("random", "constant"))
+        one_of("mamba.discretization", self.discretization, ("euler", "zoh"))
         for name in self.selective:
-            _one_of("mamba.selective", name, ("delta", "B", "C"))
-        _positive("mamba", self, "d_state", "d_conv", "expand", "heads", "dt_min", "dt_max")
+            one_of("mamba.selective", name, ("delta", "B", "C"))
+        positive("mamba", self, "d_state", "d_conv", "expand", "heads", "dt_min", "dt_max")
         if self.dt_rank is not None:
-            _positive("mamba", self, "dt_rank")
+            positive("mamba", self, "dt_rank")
         if self.heads > 1 and not self.selective:
             raise ValueError("mamba.heads: blocks choose delta, B or C, of which mamba.selective names none")
         if self.B_bias and "B" not in self.selective:
@@ -112,10 +70,10 @@ class S4DConfig(Config):
     discretization: str = "zoh"
 
     def __post_init__(self) -> None:
-        _one_of("s4d.block", self.block, ("mamba", "s4"))
-        _one_of("s4d.a_init", self.a_init, ("s4d-lin", "s4d-inv", "s4d-real"))
-        _one_of("s4d.discretization", self.discretization, ("euler", "zoh"))
-        _positive("s4d", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
+        one_of("s4d.block", self.block, ("mamba", "s4"))
+        one_of("s4d.a_init", self.a_init, ("s4d-lin", "s4d-inv", "s4d-real"))
+        one_of("s4d.discretization", self.discretization, ("euler", "zoh"))
+        positive("s4d", self, "d_state", "d_conv", "expand", "dt_min", "dt_max")
         if self.a_init != "s4d-real" and self.d_state % 2:
             raise ValueError(
                 f"s4d.d_state: must be even for the complex A of {self.a_init}, not {self.d_state}"
@@ -133,11 +91,9 @@ class AttentionConfig(Config):
     window: int = 4096
 
     def __post_init__(self) -> None:
-        _positive("attention", self, "d_head", "window")
+        positive("attention", self, "d_head", "window")
         if self.d_head % 2:
-            raise ValueError(
-                f"attention.d_head: must be even, since channels turn in pairs, not {self.d_head}"
-            )
+            raise ValueError(f"attention.d_head: must be even, channels turn in pairs, not {self.d_head}")
 
 
 @dataclass(frozen=True)
@@ -148,7 +104,7 @@ class LSTMConfig(Config):
     expand: int = 1
 
     def __post_init__(self) -> None:
-        _positive("lstm", self, "expand")
+        positive("lstm", self, "expand")
 
 
 @dataclass(frozen=True)
@@ -181,11 +137,11 @@ class BackboneConfig(Config):
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
 
     def __post_init__(self) -> None:
-        _at_most("backbone.n_layers", self.n_layers, _DEEPEST)
-        _positive("backbone", self, "d_model", "n_layers", "norm_eps")
+        at_most("backbone.n_layers", self.n_layers, _DEEPEST)
+        positive("backbone", self, "d_model", "n_layers", "norm_eps")
         if self.d_mlp:
-            _positive("backbone", self, "d_mlp")
-        _one_of("backbone.norm", self.norm, ("rms", "layer", "batch"))
+            positive("backbone", self, "d_mlp")
+        one_of("backbone.norm", self.norm, ("rms", "layer", "batch"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"backbone.dropout: must be from 0 to below 1, not {self.dropout}")
         if self.norm == "batch" and self.checkpoint_activations:
@@ -194,7 +150,7 @@ class BackboneConfig(Config):
                 "batch; take layer or rms, or leave it out"
             )
         if self.bidirectional is not None:
-            _one_of("backbone.bidirectional", self.bidirectional, ("tied", "untied"))
+            one_of("backbone.bidirectional", self.bidirectional, ("tied", "untied"))
         d_inner = self.mamba.expand * self.d_model
         if "mamba" in self.mixers and d_inner % self.mamba.heads:
             raise ValueError(
@@ -212,7 +168,7 @@ class BackboneConfig(Config):
         names: list[str] = []
         for part in self.pattern.split("+"):
             name, star, count = (piece.strip() for piece in part.partition("*"))
-            _one_of("backbone.pattern", name, MIXERS)
+            one_of("backbone.pattern", name, MIXERS)
             if star and not (count.isdecimal() and len(count) < 10):
                 raise ValueError(
                     f"backbone.pattern: must read like 'mamba' or 'mamba*7 + other', not {self.pattern!r}"
@@ -274,19 +230,19 @@ class UNetConfig(BackboneConfig):
             )
         if not self.prenorm:
             raise ValueError("backbone.prenorm: the stages of a U-Net share one stream; leave it at true")
-        few = 0 < len(self.pool) < _LARGEST.bit_length()
-        if not (few and min(self.pool) >= 2 and self.period <= _LARGEST):
+        few = 0 < len(self.pool) < LARGEST.bit_length()
+        if not (few and min(self.pool) >= 2 and self.period <= LARGEST):
             raise ValueError(
-                f"backbone.pool: must be factors of 2 or more with a product of {_LARGEST} at most, not "
+                f"backbone.pool: must be factors of 2 or more with a product of {LARGEST} at most, not "
                 f"{list(self.pool)}"
             )
-        _positive("backbone", self, "widen")
+        positive("backbone", self, "widen")
         if len(self.stages) > len(self.pool) + 1:
             raise ValueError(
                 f"backbone.stages: there are {len(self.pool) + 1} for these factors of pool, not {len(self.stages)}"
             )
         levels = [self.stage(i).n_layers for i in range(len(self.pool) + 1)]
-        _at_most("backbone.n_layers: those of all stages", 2 * sum(levels) - levels[-1], _DEEPEST)
+        at_most("backbone.n_layers: those of all stages", 2 * sum(levels) - levels[-1], _DEEPEST)
 
     @property
     def period(self) -> int:
@@ -311,7 +267,7 @@ class UNetConfig(BackboneConfig):
 
 
 # of any size, and of layers: more is a slip, and would ask for memory or take long before it fails
-_LARGEST, _DEEPEST = 1 << 20, 1 << 10
+_DEEPEST = 1 << 10
 # what a stage of a U-Net has as the others do
 _OF_ALL_STAGES = ("size", "pool", "bidirectional", "reverse_complement", "prenorm")
 
@@ -362,22 +318,16 @@ class OptimizerConfig(Config):
     anomaly: str = "skip"
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
-        _one_of("optimizer.anomaly", self.anomaly, ("skip", "stop"))
+        one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        one_of("optimizer.anomaly", self.anomaly, ("skip", "stop"))
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"optimizer.spike: must be above 1, as in 10, not {self.spike}")
-        _positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr", "A_lr")
+        positive("optimizer", self, "lr", "eps", "layer_decay", "delta_lr", "A_lr")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas: must be from 0 to below 1, not {list(self.betas)}")
         for name in ("weight_decay", "warmup_steps", "min_lr"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}: must be 0 or more, not {getattr(self, name)}")
-
-
-def nearest(word: str, words: typing.Iterable[str]) -> str:
-    """ ", did you mean ...?" for the most similar word, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _unfold(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -387,62 +337,3 @@ def _unfold(values: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(values["size"], str) or values["size"] not in SIZES:
         raise ValueError(f"{where}.size: {values['size']!r} is none of {', '.join(SIZES)}")
     return {**SIZES[values["size"]], **rest}
-
-
-def _build(hint: Any, value: Any) -> Any:
-    if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, dict):
-        return hint.from_dict(value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    return float(value) if hint is float else value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        if not isinstance(value, list | tuple) or (kinds[-1] is not ... and len(kinds) != len(value)):
-            return False
-        return all(_fits(kinds[0], item) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, typing.get_origin(hint) or hint) and not (
-        hint is int and isinstance(value, bool)
-    )
-
-
-def _describe(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        many = "a list" if kinds[-1] is ... else f"a list of {len(kinds)}"
-        return f"{many} ({_describe(kinds[0])})"
-    return {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        dict: "a section of keys",
-        types.NoneType: "null",
-    }[typing.get_origin(hint) or hint]
-
-
-def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{where}: must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}"
-        )
-
-
-def _positive(where: str, config: Config, *names: str) -> None:
-    for name in names:
-        if not (value := getattr(config, name)) > 0:
-            raise ValueError(f"{where}.{name}: must be above 0, not {value}")
-        _at_most(f"{where}.{name}", value, _LARGEST)
-
-
-def _at_most(where: str, value: float, limit: int) -> None:
-    if value > limit:
-        raise ValueError(f"{where}: must be {limit} at most, not {value}")

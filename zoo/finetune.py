@@ -6,12 +6,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from .config import nearest
 from .frontends import TokenEmbedding, padded
 from .heads import TokenHead
 from .lora import attach, matrices, size
 from .norms import statistics
 from .optim import HEADS, depths
+from .values import nearest
 
 # how many parameters that do not fit are named
 _NAMED = 3

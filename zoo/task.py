@@ -11,10 +11,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from .config import Config, OptimizerConfig
+from .config import OptimizerConfig
 from .guard import Guard
 from .optim import build_optimizer, clip_gradients
 from .ranks import mean_over_ranks
+from .values import Config
 
 Batch = Mapping[str, Tensor]
 

@@ -390,6 +390,18 @@ def test_check_finds_everything_at_once(mambazoo: Command) -> None:
     }  # fmt: skip
 
 
+def test_check_finds_values_that_make_no_sense_in_every_section(mambazoo: Command) -> None:
+    result = mambazoo(
+        "check", "language/demo", "model.backbone.n_layers=0", "model.backbone.mamba.d_state=-3",
+        "model.optimizer.lr=-1", "data.length=0", "callbacks.average.decay=4", "callbacks.compile.mode=graph",
+    )  # fmt: skip
+    assert result.code == 2
+    assert {line.split(": ")[1] for line in result.err.splitlines()} == {
+        "model.backbone.n_layers", "model.backbone.mamba.d_state", "model.optimizer.lr", "data.length",
+        "callbacks.average.decay", "callbacks.compile.mode",
+    }  # fmt: skip
+
+
 def test_an_interrupt_among_imports_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time\n    time.sleep(0)\n"

@@ -35,6 +35,19 @@ def test_all_problems_are_found_at_once() -> None:
     ]
 
 
+def test_values_that_make_no_sense_are_found_in_each_section() -> None:
+    values = {"n_layers": 0, "mamba": {"d_state": -3}, "attention": {"d_head": 5}, "s4d": {"expand": 1}}
+    assert BackboneConfig.problems(values, "model.backbone") == [
+        "model.backbone.n_layers: must be above 0, not 0",
+        "model.backbone.mamba.d_state: must be above 0, not -3",
+        "model.backbone.attention.d_head: must be even, channels turn in pairs, not 5",
+    ]
+    stages = {"pool": [4], "stages": [{"d_model": 0}]}
+    assert BackboneConfig.problems(stages, "model.backbone") == [
+        "model.backbone.stages.0.d_model: must be above 0, not 0"
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
