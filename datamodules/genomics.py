@@ -147,8 +147,9 @@ class GenomeDataModule(DataModule):
                 raise ValueError(
                     f"data.{key}: there is no A, C, G or T in it, only N and the like: {', '.join(paths[:3])}{more}"
                 )
-        trained = self._places(list(map(subtract, splits["train"], hidden)))
-        if not any(map(_has_bases, trained)):
+        # what there is to learn from
+        self.seen = self._places(list(map(subtract, splits["train"], hidden)))
+        if not any(map(_has_bases, self.seen)):
             raise ValueError(
                 "data.hide: there is no A, C, G or T outside of it to train on; hide less, or give more genomes"
             )
@@ -161,7 +162,7 @@ class GenomeDataModule(DataModule):
                 genome.digest[:16],
             )
         if self.weights is not None:
-            for path, part, weight in zip(self.files, trained, self.weights, strict=True):
+            for path, part, weight in zip(self.files, self.seen, self.weights, strict=True):
                 if weight and not len(part.starts):
                     raise ValueError(f"data.weights: nothing of {path.name} is left to train on; give it 0")
         self.samples = {
@@ -184,13 +185,8 @@ class GenomeDataModule(DataModule):
         if self.objective == "genome":
             return
         for order in MARKOV_ORDERS:
-            bits = markov_bits(self._stretches("train"), self._stretches("val"), BASES, order)
+            bits = markov_bits(_read(self.seen), _read(self.parts["val"]), BASES, order)
             yield f"Markov model of order {order}, bits per base", bits
-
-    def _stretches(self, split: str) -> Iterator[NDArray[np.uint8]]:
-        for part in self.parts[split]:
-            for start, end in zip(part.starts, part.ends, strict=True):
-                yield tokens_of(part.sequence.array[start:end])
 
     def train_dataloader(self) -> DataLoader[Any]:
         if not self.length_warmup:
@@ -280,6 +276,13 @@ class _Stages(Dataset[Any]):
         """The index of a window among those of its length, and in which pass it is read."""
         halved, number = item
         return self.stages[halved].place(number)
+
+
+def _read(parts: list[Stretches]) -> Iterator[NDArray[np.uint8]]:
+    """The tokens of each stretch."""
+    for part in parts:
+        for start, end in zip(part.starts, part.ends, strict=True):
+            yield tokens_of(part.sequence.array[start:end])
 
 
 def _has_bases(part: Stretches) -> bool:

@@ -332,6 +332,22 @@ def test_training_reads_hidden_intervals_as_n(fasta: Path, tmp_path: Path) -> No
         module(fasta, hide="three")
 
 
+def test_baselines_learn_nothing_from_what_is_hidden(tmp_path: Path) -> None:
+    # what is held out of the second record is what its hidden beginning would tell
+    fasta = write(tmp_path / "a.fa", {"one": draw(4000, 1), "two": "ACGTTGCA" * 500})
+    bed = tmp_path / "hide.bed"
+    bed.write_text("two\t0\t3600\n")
+    held_out = tmp_path / "valid.bed"
+    held_out.write_text("two\t3600\t4000\n")
+    known, unknown = (
+        dict(module(fasta, valid=str(held_out), hide=hidden).baselines())[
+            "Markov model of order 6, bits per base"
+        ]
+        for hidden in (None, str(bed))
+    )
+    assert known < 0.5 < 1.5 < unknown
+
+
 def test_what_is_hidden_must_leave_something_to_train_on(fasta: Path, tmp_path: Path) -> None:
     # the validation part, the end of each record, is read as it is and does not count
     bed = tmp_path / "hide.bed"
