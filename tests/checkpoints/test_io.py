@@ -99,13 +99,13 @@ def test_a_class_of_the_callers_is_built_as_it_wants(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layers": 10**9}, r"that can be built: backbone\.n_layers: must be 1024 at most"),
+        ({"n_layers": 10**9}, r"that can be built: model\.backbone\.n_layers: must be 1024 at most"),
         ({"pattern": f"mamba*{'9' * 5000}"}, r"backbone\.pattern: must read like"),
         ({"n_layers": 3}, r"layers\.2\.norm\.weight is \(16,\) in the model and is not there; .* and 7 more"),
         ({"n_layers": 1}, r"layers\.1\.mixer\.A_log is there and not in the model"),
         ({"d_model": 10**13}, "that can be built"),
         ({"d_model": 8}, r"embedding\.weight is \(24, 8\) in the model and is \(24, 16\) there"),
-        ({"d_model": -1}, r"model/?.* that can be built: backbone\.d_model: must be above 0, not -1"),
+        ({"d_model": -1}, r"model/?.* that can be built: model\.backbone\.d_model: must be above 0, not -1"),
         ({"d_model": "wide"}, r"backbone\.d_model: must be a whole number, not 'wide'"),
     ],
     ids=str,
