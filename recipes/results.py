@@ -204,10 +204,10 @@ def page(sources: list[Path], rows: list[Row], output: Path) -> str:
 def draw_experiment(experiment: Experiment, path: Path) -> bool:
     """Draw each metric over the cells, a dot a seed, or metrics that end in a number over it; whether there is any.
 
-    Of one cell there is nothing to compare, two dots are seen in the table, and only the second is drawn.
+    Of one cell there is nothing to compare, and only the second is drawn.
     """
     plain, families = experiment.by_length
-    if len(experiment.cells) < 2 or sum(len(rows) for _, rows in experiment.cells) < 3:
+    if len(experiment.cells) < 2:
         plain = []
     labels = [", ".join(_text(value) for value in over.values()) or "ours" for over, _ in experiment.cells]
     if not plain and not families:

@@ -230,8 +230,8 @@ def test_one_run_becomes_a_page(command: Command, recipe: str, tmp_path: Path) -
     page = (tmp_path / "pages" / "both.md").read_text()
     assert "| pattern | seeds |" in page
     assert "| s4d | 1 |" in page
-    # two dots a metric are no picture
-    assert "![" not in page
+    [picture] = (tmp_path / "pages").glob("both-small-*.png")
+    assert f"({picture.name})" in page
     (run / "summary.json").unlink()
     code, _, err = command("report", str(run), str(run.with_name("2")))
     assert code == 2
