@@ -1,4 +1,4 @@
-"""What a model is made of, as plain numbers: frozen dataclasses that read from and write to a JSON object."""
+"""What a model is made of and how it is trained, as plain values."""
 
 import math
 from dataclasses import dataclass, field
@@ -266,7 +266,7 @@ class UNetConfig(BackboneConfig):
         return BackboneConfig.from_dict(values, f"backbone.stages.{i}")
 
 
-# of any size, and of layers: more is a slip, and would ask for memory or take long before it fails
+# of layers, as LARGEST is of any size
 _DEEPEST = 1 << 10
 # what a stage of a U-Net has as the others do
 _OF_ALL_STAGES = ("size", "pool", "bidirectional", "reverse_complement", "prenorm")

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Self
 
-# of a number that is no limit of anything else
+# of any size: more is a slip, and would ask for memory or take long before it fails
 LARGEST = 1 << 20
 
 
