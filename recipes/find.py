@@ -5,6 +5,8 @@ values that several keys read as ${vars.name}. Overrides are merged before anyth
 value is ever stale. Nothing here needs PyTorch.
 """
 
+import json
+import re
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from ..zoo.config import SIZES
 from ..zoo.values import nearest
@@ -122,7 +125,7 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
             # nothing reads it
             raise ValueError(f"{key}: there is no such key{nearest(name, map(str, named))}")
         try:
-            layer = OmegaConf.from_dotlist([override])
+            layer = _parse(key, value)
             config = _merge(config, layer)
         except Exception as error:
             raise ValueError(f"{key}: {value!r} cannot be set here ({_first_line(error)})") from None
@@ -137,6 +140,17 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
     plain.pop("vars", None)
     known = {key: plain.pop(key) for key in SECTIONS if key in plain}
     return {**known, **{str(key): value for key, value in plain.items()}}
+
+
+def _parse(key: str, value: str) -> DictConfig:
+    """What an override says. A word that begins with * is a glob here, though YAML takes it for a reference."""
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except YAMLError:
+        quoted = re.sub(
+            r"""(^|[\[{,:]\s*)(\*[^\s,\]}'"]*)""", lambda match: match[1] + json.dumps(match[2]), value
+        )
+        return OmegaConf.from_dotlist([f"{key}={quoted}"])
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

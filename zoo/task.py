@@ -80,7 +80,13 @@ class Task(L.LightningModule):
             raise ValueError(
                 f"trainer.precision: must be bf16-mixed or 32-true, not {self.trainer.precision}"
             )
-        optimizer, schedule = build_optimizer(self, self.optimizer_config, self.trainer.max_steps)
+        warmup, steps = self.optimizer_config.warmup_steps, self.trainer.max_steps
+        if warmup >= steps:
+            self.print(
+                f"model.optimizer.warmup_steps: {warmup} of {steps} steps; the learning rate only rises. A tenth of "
+                "trainer.max_steps is usual"
+            )
+        optimizer, schedule = build_optimizer(self, self.optimizer_config, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

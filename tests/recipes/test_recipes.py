@@ -172,6 +172,22 @@ def test_overrides_come_before_interpolation() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("*.txt", "*.txt"),
+        ("*", "*"),
+        ("[*.txt, more/*.md,*.py]", ["*.txt", "more/*.md", "*.py"]),
+        ("{a: *.txt}", {"a": "*.txt"}),
+        ("'*.txt'", "*.txt"),
+        ("'[*.txt]'", "[*.txt]"),
+        ("a*b", "a*b"),
+    ],
+)
+def test_a_glob_is_text(given: str, value: object) -> None:
+    assert compose(find("language/bytes"), [f"data.paths={given}"])["data"]["paths"] == value
+
+
 def test_measured_commands_give_the_models_that_were_measured() -> None:
     rows = results.read(ROOT.parent / "benchmarks" / "synthetic_h100_202611.jsonl")
     rows = [row for row in rows if row["recipe"] == "synthetic/mqar"]

@@ -62,6 +62,16 @@ def test_the_state_space_stays_in_float32() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("warmup", "said"), [(3, True), (2, False)])
+def test_a_warmup_that_never_ends_is_said(
+    warmup: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build(optimizer={"warmup_steps": warmup})
+    trainer(3).fit(model, DataLoader(batches(3), batch_size=None))
+    assert ("warmup_steps: 3 of 3 steps; the learning rate only rises" in capsys.readouterr().out) == said
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_gradients_of_float16_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.precision: must be bf16-mixed or 32-true, not 16-true"):
         trainer(1, "16-true").fit(build(), DataLoader(batches(1), batch_size=None))
