@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.sequences import boundaries
 from .config import AttentionConfig
+from .grouping import grouped
 from .mamba import full
 from .mixer import Mixer, refuse_a_state
 
@@ -66,6 +67,8 @@ class Attention(Mixer):
         elif state is None and torch.compiler.is_compiling():
             # a compiler cannot read where sequences begin
             y, state = self._attend_at_once(qkv, cu_seqlens), None
+        elif state is None:
+            y = self._attend_by_length(qkv, cu_seqlens)
         else:
             y, state = self._attend_one_by_one(qkv, state, cu_seqlens)
         return _joined(y), state
@@ -129,20 +132,26 @@ class Attention(Mixer):
         k, v = (old.scatter(2, slots, new.to(old.dtype)) for old, new in ((state.k, k), (state.v, v)))
         return y, AttentionState(k, v, state.seen + q.shape[2])
 
+    def _attend_by_length(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Packed sequences (3, 1, h, l, d_head), each by itself, those of about one length at once."""
+        groups = grouped(cu_seqlens, qkv.shape[3])
+        parts = [self._attend(part.movedim(-3, 1), None)[0] for part in groups.split(qkv.squeeze(1))]
+        return groups.join([part.movedim(0, -3) for part in parts])[None] if parts else qkv[0]
+
     def _attend_one_by_one(
-        self, qkv: Tensor, state: AttentionState | None, cu_seqlens: Tensor
-    ) -> tuple[Tensor, AttentionState | None]:
-        """Packed sequences (3, 1, h, l, d_head), each by itself."""
+        self, qkv: Tensor, state: AttentionState, cu_seqlens: Tensor
+    ) -> tuple[Tensor, AttentionState]:
+        """The same of sequences that go on, and the states after them."""
         parts, states = [], []
         for i, (start, end) in enumerate(pairwise(boundaries(cu_seqlens, qkv.shape[3]))):
-            own = None if state is None else AttentionState(*(x[i : i + 1] for x in state))
+            own = AttentionState(*(x[i : i + 1] for x in state))
             if start < end:
-                y, own = self._attend(qkv[:, :, :, start:end], own)
+                y, after = self._attend(qkv[:, :, :, start:end], own)
+                assert after is not None
+                own = after
                 parts.append(y)
             states.append(own)
         y = torch.cat(parts, 2) if parts else qkv[0]
-        if state is None:
-            return y, None
         return y, AttentionState(*(torch.cat(rows) for rows in zip(*states, strict=True)))
 
     def _attend_at_once(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -193,12 +202,13 @@ class BidirectionalAttention(Attention):
             seen = ((places[:, None] - places).abs() < self.window) & _together(places, cu_seqlens)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         else:
-            parts = [
-                self._see(*(x[:, :, start:end] for x in (q, k, v)))
-                for start, end in pairwise(boundaries(cu_seqlens, q.shape[2]))
-                if start < end
-            ]
-            y = torch.cat(parts, 2) if parts else v
+            groups = grouped(cu_seqlens, q.shape[2])
+            parts = []
+            for part, own in zip(groups.split(torch.cat([q, k, v])), groups.lengths, strict=True):
+                there = torch.arange(part.shape[-2], device=q.device) < own[:, None]
+                rows = part.movedim(-3, 1)
+                parts.append(self._see(rows[0], rows[1], rows[2], there).movedim(0, -3))
+            y = groups.join(parts)[None] if parts else v
         return _joined(y), None
 
     def step(self, x: Tensor, state: AttentionState) -> NoReturn:
