@@ -13,7 +13,6 @@ selection alone (Mamba, table 6); block "s4" is the layer of S4 and SaShiMi (220
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from ..kernels import backend as backends
 from ..kernels.conv import causal_conv1d, causal_conv1d_update
 from ..kernels.reference import hold
 from ..kernels.scan import selective_scan
-from ..kernels.sequences import boundaries
 from .config import S4DConfig
+from .grouping import grouped
 from .mamba import MambaState, full, steps_before_softplus
 from .mixer import Mixer
 
@@ -147,8 +146,8 @@ class S4D(Mixer):
         if before is not None or torch.compiler.is_compiling():
             # a compiler has no lengths to go by
             return self.scan(u, before, cu_seqlens)
-        parts = u.split([b - a for a, b in pairwise(boundaries(cu_seqlens, u.shape[1]))], 1)
-        return torch.cat([self.convolve(part)[0] for part in parts if part.shape[1]], 1), None
+        groups = grouped(cu_seqlens, u.shape[1])
+        return groups.join([self.convolve(part)[0] for part in groups.split(u[0])])[None], None
 
     def _read(self, rows: Tensor, l: int) -> Tensor:
         """rows (..., d_inner, n) times the powers 0 to l - 1 of the decay, summed over states: (..., d_inner, l)."""
