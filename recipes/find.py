@@ -12,9 +12,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
 from ..zoo.config import SIZES
 from ..zoo.values import nearest
@@ -143,14 +143,32 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
 
 
 def _parse(key: str, value: str) -> DictConfig:
-    """What an override says. A word that begins with * is a glob here, though YAML takes it for a reference."""
+    """What an override says. YAML takes a word that begins with * for a reference; here it is a glob, and text."""
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
-    except YAMLError:
-        quoted = re.sub(
-            r"""(^|[\[{,:]\s*)(\*[^\s,\]}'"]*)""", lambda match: match[1] + json.dumps(match[2]), value
-        )
-        return OmegaConf.from_dotlist([f"{key}={quoted}"])
+    except yaml.YAMLError as error:
+        return OmegaConf.from_dotlist([f"{key}={_with_globs(value, error)}"])
+
+
+def _with_globs(value: str, error: yaml.YAMLError) -> str:
+    """The same value with its globs in quotes; they are all of it or items of its list."""
+    value = value.strip()
+    if re.fullmatch(r"\[.*\]", value, re.DOTALL):
+        # at commas, but for those in quotes and brackets
+        items = re.findall(r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[^,])+""", value[1:-1])
+        return f"[{', '.join(item if _is_yaml(item) else _with_globs(item, error) for item in items)}]"
+    # which may begin with a choice of letters
+    if re.match(r"(\[[^],]+\])?\*", value):
+        return json.dumps(value, ensure_ascii=False)
+    raise error
+
+
+def _is_yaml(text: str) -> bool:
+    try:
+        yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    return True
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ further back than that.
 Where a backbone is bidirectional attention does not look twice, once in each direction: one pass sees both sides.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
@@ -68,7 +69,7 @@ class Attention(Mixer):
             # a compiler cannot read where sequences begin
             y, state = self._attend_at_once(qkv, cu_seqlens), None
         elif state is None:
-            y = self._attend_by_length(qkv, cu_seqlens)
+            y = _by_length(qkv, cu_seqlens, self.window, lambda rows, _: self._attend(rows, None)[0])
         else:
             y, state = self._attend_one_by_one(qkv, state, cu_seqlens)
         return _joined(y), state
@@ -131,12 +132,6 @@ class Attention(Mixer):
         slots = (places % self.window)[:, None, :, None].expand_as(k)
         k, v = (old.scatter(2, slots, new.to(old.dtype)) for old, new in ((state.k, k), (state.v, v)))
         return y, AttentionState(k, v, state.seen + q.shape[2])
-
-    def _attend_by_length(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed sequences (3, 1, h, l, d_head), each by itself, those of about one length at once."""
-        groups = grouped(cu_seqlens, qkv.shape[3])
-        parts = [self._attend(part.movedim(-3, 1), None)[0] for part in groups.split(qkv.squeeze(1))]
-        return groups.join([part.movedim(0, -3) for part in parts])[None] if parts else qkv[0]
 
     def _attend_one_by_one(
         self, qkv: Tensor, state: AttentionState, cu_seqlens: Tensor
@@ -202,13 +197,12 @@ class BidirectionalAttention(Attention):
             seen = ((places[:, None] - places).abs() < self.window) & _together(places, cu_seqlens)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         else:
-            groups = grouped(cu_seqlens, q.shape[2])
-            parts = []
-            for part, own in zip(groups.split(torch.cat([q, k, v])), groups.lengths, strict=True):
-                there = torch.arange(part.shape[-2], device=q.device) < own[:, None]
-                rows = part.movedim(-3, 1)
-                parts.append(self._see(rows[0], rows[1], rows[2], there).movedim(0, -3))
-            y = groups.join(parts)[None] if parts else v
+
+            def see(rows: Tensor, lengths: Tensor) -> Tensor:
+                there = torch.arange(rows.shape[3], device=q.device) < lengths[:, None]
+                return self._see(rows[0], rows[1], rows[2], there)
+
+            y = _by_length(torch.stack([q, k, v]), cu_seqlens, self.window, see)
         return _joined(y), None
 
     def step(self, x: Tensor, state: AttentionState) -> NoReturn:
@@ -241,6 +235,21 @@ class BidirectionalAttention(Attention):
 def _joined(y: Tensor) -> Tensor:
     """What every head (b, h, l, d_head) says, side by side (b, l, d_model)."""
     return y.transpose(1, 2).flatten(2)
+
+
+def _by_length(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, attend: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Packed sequences (3, b, h, l, d_head), each by itself, those of about one length at once.
+
+    `attend` takes rows (3, g, h, m, d_head) and their lengths (g,). What no window holds is alone: its masks are large.
+    """
+    groups, b = grouped(cu_seqlens, qkv, window), qkv.shape[1]
+    parts = []
+    for part, lengths in zip(groups.split(qkv), groups.lengths, strict=True):
+        y = attend(part.movedim(-3, 2).flatten(1, 2), lengths.repeat(b))
+        parts.append(y.unflatten(0, (b, -1)).movedim(1, -3))
+    return groups.join(parts) if parts else qkv[2]
 
 
 def _together(places: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.backend import is_transformed
 from ..kernels.sequences import boundaries
@@ -28,32 +29,42 @@ class _Order(NamedTuple):
 class Groups:
     """The rectangles that hold the packed sequences of a row (l,).
 
+    Args:
+        cu_seqlens: where sequences begin and end, (s + 1,).
+        l: the length of the row.
+        device: of what is moved.
+        longest: of a sequence that is not alone in its rectangle; None is any.
+
     Attributes:
         lengths: of each rectangle, the lengths (g,) of the sequences that are its rows.
     """
 
     lengths: list[Tensor]
 
-    def __init__(self, cu_seqlens: Tensor, l: int) -> None:
-        by_bits: dict[int, list[tuple[int, int]]] = {}
+    def __init__(
+        self, cu_seqlens: Tensor, l: int, device: torch.device | None = None, longest: int | None = None
+    ) -> None:
+        kinds: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for start, end in pairwise(boundaries(cu_seqlens, l)):
+            alone = longest is not None and end - start > longest
             if start < end:
-                by_bits.setdefault((end - start).bit_length(), []).append((start, end - start))
+                kind = ((end - start).bit_length(), start if alone else -1)
+                kinds.setdefault(kind, []).append((start, end - start))
         take, padding = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.bool)]
         self._shapes: list[tuple[int, int]] = []
         self.lengths = []
-        for _, sequences in sorted(by_bits.items()):
+        for _, sequences in sorted(kinds.items()):
             starts, lengths = torch.tensor(sequences).unbind(1)
             t = torch.arange(int(lengths.max()))
             inside = t < lengths[:, None]
             take.append(torch.where(inside, starts[:, None] + t, 0).flatten())
             padding.append(~inside.flatten())
             self._shapes.append((len(starts), len(t)))
-            self.lengths.append(lengths.to(cu_seqlens.device))
+            self.lengths.append(lengths.to(device))
         taken, none = torch.cat(take), torch.cat(padding)
         put = torch.empty(l, dtype=torch.long)
         put[taken[~none]] = torch.arange(len(taken))[~none]
-        self._order = _Order(*(x.to(cu_seqlens.device) for x in (taken, none[:, None], put)))
+        self._order = _Order(*(x.to(device) for x in (taken, none[:, None], put)))
 
     def split(self, x: Tensor) -> list[Tensor]:
         """The rectangles (..., g, m, d) of a row (..., l, d), zero where they are padded."""
@@ -65,13 +76,23 @@ class Groups:
         return _together(torch.cat([part.flatten(-3, -2) for part in parts], -2), self._order)
 
 
-def grouped(cu_seqlens: Tensor, l: int) -> Groups:
-    """The rectangles of packed sequences, made once however many layers ask."""
-    version = None if cu_seqlens.is_inference() else (cu_seqlens._version, l)
-    kept = getattr(cu_seqlens, "_groups", None)
-    if version is None or kept is None or kept[0] != version:
-        kept = cu_seqlens._groups = version, Groups(cu_seqlens, l)  # type: ignore[attr-defined]
-    groups: Groups = kept[1]
+# of boundaries that were asked for, what they were when they were, and their rectangles
+_kept = WeakTensorKeyDictionary()
+
+
+def grouped(cu_seqlens: Tensor, x: Tensor, longest: int | None = None) -> Groups:
+    """The rectangles of the sequences of x (..., l, d), made once for all layers that ask.
+
+    What inference mode made does not count its changes, and is read every time.
+    """
+    l = x.shape[-2]
+    if cu_seqlens.is_inference() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return Groups(cu_seqlens, l, x.device, longest)
+    asked = cu_seqlens._version, l, x.device, longest
+    known, groups = _kept.get(cu_seqlens, (None, None))
+    if known != asked:
+        groups = Groups(cu_seqlens, l, x.device, longest)
+        _kept[cu_seqlens] = asked, groups
     return groups
 
 

@@ -146,8 +146,10 @@ class S4D(Mixer):
         if before is not None or torch.compiler.is_compiling():
             # a compiler has no lengths to go by
             return self.scan(u, before, cu_seqlens)
-        groups = grouped(cu_seqlens, u.shape[1])
-        return groups.join([self.convolve(part)[0] for part in groups.split(u[0])])[None], None
+        groups = grouped(cu_seqlens, u)
+        parts = groups.split(u)
+        rows = [self.convolve(part.flatten(0, 1))[0] for part in parts]
+        return groups.join([y.view_as(part) for y, part in zip(rows, parts, strict=True)]), None
 
     def _read(self, rows: Tensor, l: int) -> Tensor:
         """rows (..., d_inner, n) times the powers 0 to l - 1 of the decay, summed over states: (..., d_inner, l)."""

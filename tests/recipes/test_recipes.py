@@ -178,7 +178,15 @@ def test_overrides_come_before_interpolation() -> None:
         ("*.txt", "*.txt"),
         ("*", "*"),
         ("[*.txt, more/*.md,*.py]", ["*.txt", "more/*.md", "*.py"]),
-        ("{a: *.txt}", {"a": "*.txt"}),
+        ("*_[0-4].wav", "*_[0-4].wav"),
+        ("[*.[ch], b]", ["*.[ch]", "b"]),
+        ("[a-z]*.txt", "[a-z]*.txt"),
+        (" *a, b.txt", "*a, b.txt"),
+        ("*\N{DNA DOUBLE HELIX}.txt", "*\N{DNA DOUBLE HELIX}.txt"),
+        ("[a, 'it, *b', *c]", ["a", "it, *b", "*c"]),
+        ("['x: *a', *b]", ["x: *a", "*b"]),
+        ("[[*a], 7, null, *b]", [["*a"], 7, None, "*b"]),
+        ("*.${data.tokenizer}", "*.bytes"),
         ("'*.txt'", "*.txt"),
         ("'[*.txt]'", "[*.txt]"),
         ("a*b", "a*b"),
@@ -186,6 +194,12 @@ def test_overrides_come_before_interpolation() -> None:
 )
 def test_a_glob_is_text(given: str, value: object) -> None:
     assert compose(find("language/bytes"), [f"data.paths={given}"])["data"]["paths"] == value
+
+
+@pytest.mark.parametrize("given", ["'*a", "@x", "%x", "[*a, @b]", "{a: *b}"])
+def test_what_is_neither_yaml_nor_a_glob_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.paths: .* cannot be set here"):
+        compose(find("language/bytes"), [f"data.paths={given}"])
 
 
 def test_measured_commands_give_the_models_that_were_measured() -> None:

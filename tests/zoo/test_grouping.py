@@ -1,5 +1,7 @@
 """Packed sequences as padded rectangles."""
 
+import copy
+
 import pytest
 import torch
 from mambazoo.zoo.grouping import Groups, grouped
@@ -38,9 +40,21 @@ def test_gradients_are_those_of_the_sequences() -> None:
     assert torch.autograd.gradgradcheck(compute, x)
 
 
+def test_what_is_too_long_is_alone() -> None:
+    groups = Groups(torch.tensor([0, 6, 13, 15, 18]), 18, longest=5)
+    assert [own.tolist() for own in groups.lengths] == [[2, 3], [6], [7]]
+    x = torch.randn(2, 18, 3)
+    torch.testing.assert_close(groups.join(groups.split(x)), x)
+
+
 def test_rectangles_are_made_once() -> None:
-    bounds = torch.tensor([0, 2, 5])
-    first = grouped(bounds, 5)
-    assert grouped(bounds, 5) is first
-    bounds[1] = 3
-    assert grouped(bounds, 5) is not first
+    bounds, x = torch.tensor([0, 2, 5]), torch.zeros(5, 1)
+    bounds[1], bounds[1] = 2, 2
+    first = grouped(bounds, x)
+    assert grouped(bounds, x) is first
+    # a copy counts its own changes
+    copied = copy.deepcopy(bounds)
+    copied[1] = 3
+    assert grouped(copied, x).lengths[0].tolist() == [3, 2]
+    bounds[1] = 4
+    assert grouped(bounds, x) is not first
