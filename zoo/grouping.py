@@ -19,9 +19,7 @@ from ..kernels.sequences import boundaries
 class _Order(NamedTuple):
     """Where positions come from and go to, on the device of what is moved."""
 
-    take: (
-        Tensor  # (p,), of every position in the rectangles, one behind the other, its place in the packed row
-    )
+    take: Tensor  # (p,), the place in the row of every position in the rectangles, one behind the other
     padding: Tensor  # (p, 1), those that have none
     put: Tensor  # (l,), of every place in the row its position in the rectangles
 
