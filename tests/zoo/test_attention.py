@@ -89,11 +89,15 @@ def test_weights_of_16_bits_step_as_they_read() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("window", [4, 64])
-def test_packed_sequences_equal_each_alone_gradients_too(kind: type[Attention], window: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("window", [4, 6, 64])
+def test_packed_sequences_equal_each_alone_gradients_too(
+    kind: type[Attention], window: int, rows: int
+) -> None:
     mixer = kind(16, AttentionConfig(d_head=8, window=window)).double()
-    x, weight = torch.randn(1, 19, 16).double().requires_grad_(), torch.randn(1, 19, 16).double()
-    bounds = [0, 0, 5, 6, 6, 19, 19]
+    x, weight = torch.randn(rows, 32, 16).double().requires_grad_(), torch.randn(rows, 32, 16).double()
+    # of five, six and seven tokens are of one rectangle, where the window holds them
+    bounds = [0, 0, 5, 6, 6, 19, 19, 25, 32]
     packed, _ = mixer(x, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     alone = torch.cat([mixer(x[:, a:b])[0] for a, b in pairwise(bounds) if a < b], 1)
     torch.testing.assert_close(packed, alone)
