@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,9 +61,11 @@ class Block(nn.Module):
         self.norm = build_norm(config)
         self.mixer = build_mixer(mixer, config)
         self.prenorm, self.dropout = config.prenorm, config.dropout
+        self.scale = _build_scale(config)
         if width := config.mlp_width(mixer):
             self.norm2 = build_norm(config)
             self.mlp = MLP(config.d_model, width)
+            self.scale2 = _build_scale(config)
 
     def forward(
         self,
@@ -77,7 +80,7 @@ class Block(nn.Module):
         # where a row ends matters to what sees both sides alone
         ends = {} if lengths is None else {"lengths": lengths}
         x, state = self.mixer(x, state=state, cu_seqlens=cu_seqlens, **ends)
-        x, residual = self._leave(self.norm, x, residual)
+        x, residual = self._leave(self.norm, self.scale, x, residual)
         x, residual = self._feed_forward(x, residual)
         return x, residual, state
 
@@ -85,21 +88,33 @@ class Block(nn.Module):
         """The same for one token x (b, d_model)."""
         x, residual = self._enter(self.norm, x, residual)
         x, state = self.mixer.step(x, state)
-        x, residual = self._leave(self.norm, x, residual)
+        x, residual = self._leave(self.norm, self.scale, x, residual)
         x, residual = self._feed_forward(x, residual)
         return x, residual, state
 
     def _feed_forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, "mlp"):
             x, residual = self._enter(self.norm2, x, residual)
-            x, residual = self._leave(self.norm2, self.mlp(x), residual)
+            x, residual = self._leave(self.norm2, self.scale2, self.mlp(x), residual)
         return x, residual
 
     def _enter(self, norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a layer reads, and the stream that it adds to."""
         return norm(x, residual) if self.prenorm else (x, x)
 
-    def _leave(self, norm: nn.Module, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _leave(
+        self, norm: nn.Module, scale: Tensor | None, x: Tensor, stream: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """What a layer adds, and the stream; or their sum, normed, and nothing apart from it."""
+        x = x if scale is None else x * scale.to(x.dtype)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         return (x, stream) if self.prenorm else (norm(x.to(stream.dtype), stream)[0], None)
+
+
+def _build_scale(config: BackboneConfig) -> nn.Parameter | None:
+    """What each channel counts that a layer adds, (d_model,)."""
+    return (
+        None
+        if config.layer_scale is None
+        else nn.Parameter(torch.full((config.d_model,), config.layer_scale))
+    )

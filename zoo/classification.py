@@ -40,7 +40,8 @@ class SequenceClassifier(Task):
             are numbers; complement is needed for a backbone that reads both strands and for average_strands.
         features: how many numbers an input has.
         patch: how many neighbouring inputs the backbone sees as one vector.
-        filters: of samples of sound, through so many filters, rather than as they are (frontends.Filterbank).
+        filters: of samples of sound, through so many filters, rather than as they are (frontends.Filterbank); patch is
+            then a multiple of 4.
         pooling: masked (the mean over a sequence's own positions), max (the largest of each number over these), mean
             (over padding too), or last.
         class_weights: what a sequence of each class counts in the loss.

@@ -129,6 +129,8 @@ class BackboneConfig(Config):
     norm_eps: float = 1e-5
     # how much of what a mixer or MLP adds to the stream is left out while training
     dropout: float = 0.0
+    # what every channel of that counts at first, a factor that is learnt (LayerScale, 2103.17239); null is 1, for good
+    layer_scale: float | None = None
     # recompute each block in the backward: less memory, a third more time
     checkpoint_activations: bool = False
     mamba: MambaConfig = field(default_factory=MambaConfig)
@@ -144,6 +146,8 @@ class BackboneConfig(Config):
         one_of("backbone.norm", self.norm, ("rms", "layer", "batch"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"backbone.dropout: must be from 0 to below 1, not {self.dropout}")
+        if self.layer_scale is not None:
+            positive("backbone", self, "layer_scale")
         if self.norm == "batch" and self.checkpoint_activations:
             raise ValueError(
                 "backbone.checkpoint_activations: what is recomputed would count twice in the statistics of norm: "

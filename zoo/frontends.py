@@ -1,10 +1,13 @@
 """What turns a batch's inputs into the vectors that the backbone mixes."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .norms import BatchNorm
 
 
 def padded(vocab_size: int) -> int:
@@ -48,38 +51,49 @@ class Patches(nn.Linear):
 
 
 class Filterbank(nn.Module):
-    """How loud each band of a sound is around every size-th sample: (b, l, 1) to (b, l / size, d_out), rounded up.
+    """What is loud in a sound around every size-th sample: (b, l, 1) to (b, l / size, d_out), rounded up.
 
     Complex filters that are learnt start as Gabor wavelets, spaced as an ear's, and their energy is averaged over a
     window (TD-filterbanks, Zeghidour et al., 1711.01161). Before a logarithm it is measured by how loud that band is in
     the whole of the sequence, and by the sequence itself (as in PCEN, Wang et al., 1607.05666): that takes away what a
-    microphone does to a band and how loud a voice is, and leaves silence 0. Every vector so depends on all samples,
-    padding too. Two convolutions over bands and time, which halve the bands, then see alike what higher and lower
-    voices say.
+    microphone does to a band and how loud a voice is. Every vector so depends on all samples, padding too. While it
+    trains, bands and times are left out by lot (SpecAugment, Park et al., 1904.08779).
+
+    Convolutions over bands and time then see alike what higher and lower voices say. After each only the largest of two
+    bands stays, and after the first ones of two times, so that a vector stands for `HOPS` energies.
     """
 
-    # the length of a window, in steps from a vector to the next
-    SPAN = 2.5
+    # energies from a vector to the next, and the length of their window in steps from one to the next
+    HOPS, SPAN = 4, 2.5
     # how much of the measure is the band's own loudness, and the energy, of that, at which the logarithm begins
     OWN, LEAST = 0.8, 0.01
+    # how many stretches are left out, and the largest share of all bands and of all times that one is
+    MASKS, BANDS, TIMES = 2, 0.2, 0.15
     # of the convolutions
-    CHANNELS = 32
+    CHANNELS = (32, 48, 64, 96, 128)
 
     window: Tensor
 
     def __init__(self, filters: int, size: int, d_out: int) -> None:
         super().__init__()
-        self.size = size
-        # energies are taken ten times from a vector to the next, or at every sample
-        self.step = max(step for step in range(1, max(1, size // 10) + 1) if size % step == 0)
+        if size % self.HOPS:
+            raise ValueError(
+                f"model.patch: with model.filters it must be a multiple of {self.HOPS}, the energies that a vector is made "
+                f"of, not {size}"
+            )
+        self.size, self.hop = size, size // self.HOPS
+        # filters are taken ten times from an energy to the next, or at every sample
+        self.step = max(step for step in range(1, max(1, self.hop // 10) + 1) if self.hop % step == 0)
         self.filters = nn.Parameter(
-            _gabor(filters, 2 * round(self.SPAN * size / 2) + 1).flatten(0, 1)[:, None]
+            _gabor(filters, 2 * round(self.SPAN * self.hop / 2) + 1).flatten(0, 1)[:, None]
         )
-        window = torch.hann_window(2 * round(self.SPAN * size / self.step / 2) + 3, periodic=False)[1:-1]
+        window = torch.hann_window(2 * round(self.SPAN * self.hop / self.step / 2) + 3, periodic=False)[1:-1]
         self.register_buffer("window", (window / window.sum())[None, None], persistent=False)
-        self.near = nn.Conv2d(1, self.CHANNELS, 3, stride=(2, 1), padding=1)
-        self.far = nn.Conv2d(self.CHANNELS, self.CHANNELS, 3, stride=(2, 1), padding=1)
-        self.out = nn.Linear(self.CHANNELS * -(-filters // 4), d_out)
+        self.convolutions = nn.ModuleList(
+            _Convolution(before, after, times=2 if i < math.log2(self.HOPS) else 1)
+            for i, (before, after) in enumerate(pairwise((1, *self.CHANNELS)))
+        )
+        self.out = nn.Linear(self.CHANNELS[-1] * -(-filters // 2 ** len(self.CHANNELS)), d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         # quiet bands have energies that 16 bits do not tell apart
@@ -89,18 +103,46 @@ class Filterbank(nn.Module):
             loud = y.mean(2, keepdim=True) + 1e-10
             usual = loud**self.OWN * loud.mean(1, keepdim=True) ** (1 - self.OWN)
             y = torch.log1p(y / (self.LEAST * usual))
-        y = F.gelu(self.far(F.gelu(self.near(y[:, None]))))
+        if self.training:
+            y = y * self._kept(y, 1, self.BANDS) * self._kept(y, 2, self.TIMES)
+        y = y[:, None]
+        for convolution in self.convolutions:
+            y = convolution(y)
         return self.out(y.flatten(1, 2).mT)
 
     def _energies(self, x: Tensor) -> Tensor:
-        """Samples (b, l) to what each filter lets through of them around the middle of every group (b, filters, m)."""
-        edge, parts, reach = self.filters.shape[2] // 2, self.size // self.step, self.window.shape[2] // 2
+        """Samples (b, l) to what each filter lets through of them around the middle of every hop (b, filters, m)."""
+        edge, parts, reach = self.filters.shape[2] // 2, self.hop // self.step, self.window.shape[2] // 2
         x = F.pad(x, (edge, edge + -x.shape[1] % self.size))[:, None]
         y = F.conv1d(x, self.filters, stride=self.step).unflatten(1, (2, -1)).square().sum(1)
         sides = (reach - parts // 2, reach - (parts - 1) // 2)
         return F.conv1d(F.pad(y, sides).flatten(0, 1)[:, None], self.window, stride=parts).view(
             *y.shape[:2], -1
         )
+
+    def _kept(self, y: Tensor, axis: int, most: float) -> Tensor:
+        """1 where y (b, bands, times) is kept and 0 in stretches along an axis, of a share up to `most` of it each."""
+        b, n = len(y), y.shape[axis]
+        length, start = torch.rand(2, b, self.MASKS, 1, device=y.device)
+        length = most * length
+        start = (1 - length) * start
+        place = (torch.arange(n, device=y.device) + 0.5) / n
+        kept = ((place < start) | (place >= start + length)).all(1).to(y.dtype)
+        return kept.unsqueeze(3 - axis)
+
+
+class _Convolution(nn.Module):
+    """Over bands and time, normed; of two bands, and so many times, the largest stays: (b, c, bands, times) to such."""
+
+    def __init__(self, before: int, after: int, times: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm = BatchNorm(after, eps=1e-5)
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x).movedim(1, -1))[0].movedim(-1, 1)
+        return F.max_pool2d(F.relu(y), (2, self.times), ceil_mode=True)
 
 
 def _gabor(filters: int, width: int) -> Tensor:
