@@ -78,8 +78,8 @@ class Filterbank(nn.Module):
         super().__init__()
         if size % self.HOPS:
             raise ValueError(
-                f"model.patch: with model.filters it must be a multiple of {self.HOPS}, the energies that a vector is made "
-                f"of, not {size}"
+                f"model.patch: with model.filters it must be a multiple of {self.HOPS}, a vector being made of so many "
+                f"energies, not {size}"
             )
         self.size, self.hop = size, size // self.HOPS
         # filters are taken ten times from an energy to the next, or at every sample
