@@ -63,8 +63,8 @@ class FullySharded(ModelParallelStrategy):
         assert self.accelerator is not None
         if trainer.state.fn == TrainerFn.FITTING and any(map(_learns_statistics, self.model.modules())):
             raise ValueError(
-                "model.backbone.norm: with fsdp2 each rank has statistics of its own for batch, and only the first "
-                "rank's are kept; use trainer.strategy=ddp, or take rms or layer"
+                "model.backbone.norm, model.filters: with fsdp2 each rank has statistics of its own where batches are "
+                "normed, and only the first rank's are kept; use trainer.strategy=ddp, or norm=rms and no filters"
             )
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)

@@ -15,6 +15,7 @@ from mambazoo.zoo.mamba import Mamba
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"d_mlp": 48},
+    {"d_mlp": 48, "layer_scale": 0.1},
     {"mamba": {"a_init": "s4d-lin"}},
     {"mamba": {"a_init": "constant", "bias": True}},
     {"mamba": {"a_init": "random", "discretization": "zoh"}},
@@ -146,6 +147,21 @@ def test_steps_see_weights_that_changed() -> None:
     mixer.step(x, state)
     mixer.A_log.copy_(torch.zeros_like(mixer.A_log))
     assert torch.equal(mixer.A, -torch.ones_like(mixer.A_log))
+
+
+@torch.no_grad()
+def test_layers_begin_at_their_scale_and_channels_learn_their_own() -> None:
+    plain, scaled = build({"d_mlp": 48}).layers[1], build({"d_mlp": 48, "layer_scale": 0.25}).layers[1]
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    x, stream = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    scaled.scale2.zero_()
+    # the MLP adds nothing then, and its stream has what the mixer adds
+    added, after, _ = scaled(x, stream)
+    assert not added.any()
+    plain_after = plain(x, stream)[1]
+    torch.testing.assert_close(after - x - stream, 0.25 * (plain_after - x - stream))
+    scaled.scale[3] = 0
+    assert torch.equal(scaled(x, stream)[1][..., 3], (x + stream)[..., 3])
 
 
 def test_embedding_starts_small() -> None:
