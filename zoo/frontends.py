@@ -53,11 +53,12 @@ class Patches(nn.Linear):
 class Filterbank(nn.Module):
     """What is loud in a sound around every size-th sample: (b, l, 1) to (b, l / size, d_out), rounded up.
 
-    Complex filters that are learnt start as Gabor wavelets, spaced as an ear's, and their energy is averaged over a
-    window (TD-filterbanks, Zeghidour et al., 1711.01161). Before a logarithm it is measured by how loud that band is in
-    the whole of the sequence, and by the sequence itself (as in PCEN, Wang et al., 1607.05666): that takes away what a
-    microphone does to a band and how loud a voice is. Every vector so depends on all samples, padding too. While it
-    trains, bands and times are left out by lot (SpecAugment, Park et al., 1904.08779).
+    The energy that Gabor wavelets let through, spaced as an ear's, is averaged over a window, as where TD-filterbanks
+    start (Zeghidour et al., 1711.01161). Wavelets that are learnt from there fit the voices of some thousand clips, and
+    no others (docs/log.md). Before a logarithm it is measured by how loud that band is in the whole of the sequence, and
+    by the sequence itself (as in PCEN, Wang et al., 1607.05666): that takes away what a microphone does to a band and
+    how loud a voice is. Every vector so depends on all samples, padding too. While it trains, bands and times are left
+    out by lot (SpecAugment, Park et al., 1904.08779).
 
     Convolutions over bands and time then see alike what higher and lower voices say. After each only the largest of two
     bands stays, and after the first ones of two times, so that a vector stands for `HOPS` energies.
@@ -72,6 +73,7 @@ class Filterbank(nn.Module):
     # of the convolutions
     CHANNELS = (32, 48, 64, 96, 128)
 
+    filters: Tensor
     window: Tensor
 
     def __init__(self, filters: int, size: int, d_out: int) -> None:
@@ -84,9 +86,8 @@ class Filterbank(nn.Module):
         self.size, self.hop = size, size // self.HOPS
         # filters are taken ten times from an energy to the next, or at every sample
         self.step = max(step for step in range(1, max(1, self.hop // 10) + 1) if self.hop % step == 0)
-        self.filters = nn.Parameter(
-            _gabor(filters, 2 * round(self.SPAN * self.hop / 2) + 1).flatten(0, 1)[:, None]
-        )
+        waves = _gabor(filters, 2 * round(self.SPAN * self.hop / 2) + 1)
+        self.register_buffer("filters", waves.flatten(0, 1)[:, None], persistent=False)
         window = torch.hann_window(2 * round(self.SPAN * self.hop / self.step / 2) + 3, periodic=False)[1:-1]
         self.register_buffer("window", (window / window.sum())[None, None], persistent=False)
         self.convolutions = nn.ModuleList(
