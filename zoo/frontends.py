@@ -67,7 +67,7 @@ class Filterbank(nn.Module):
     # energies from a vector to the next, and the length of their window in steps from one to the next
     HOPS, SPAN = 4, 2.5
     # how much of the measure is the band's own loudness, and the energy, of that, at which the logarithm begins
-    OWN, LEAST = 0.8, 0.01
+    OWN, LEAST = 0.8, 0.3
     # how many stretches are left out, and the largest share of all bands and of all times that one is
     MASKS, BANDS, TIMES = 2, 0.2, 0.15
     # of the convolutions
