@@ -37,7 +37,7 @@ class S4D(Mixer):
     block "mamba" has the Mamba block round it, convolution and gate:    u, z = in(x);  y = out(ssm(conv(u)) silu(z))
     block "s4" mixes the channels of x themselves, and then each other:  y = glu(out(gelu(ssm(x))))
 
-    Of two directions (bidirectional.py) the sum is what gelu sees, as in S4.
+    Of two directions (bidirectional.py) gelu sees each, and not their sum as in S4 (docs/lra.md).
     """
 
     def __init__(self, d_model: int, config: S4DConfig) -> None:
@@ -55,7 +55,7 @@ class S4D(Mixer):
             self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         else:
             self.in_proj = nn.Identity()
-            self.out_proj = _MixChannels(self.d_inner, 2 * d_model)
+            self.out_proj = _GatedLinear(self.d_inner, 2 * d_model)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.n))
         if self.complex:
             self.A_imag = nn.Parameter(torch.empty(self.d_inner, self.n))
@@ -202,7 +202,7 @@ class S4D(Mixer):
             )
         before = None if state is None else state.ssm
         y, ssm_state = self._compute(u, before, cu_seqlens)
-        y = _gated(y, z).to(u.dtype)
+        y = _activated(y, z).to(u.dtype)
         if conv_state is None or ssm_state is None:
             return y, None
         return y, MambaState(conv_state, ssm_state)
@@ -218,7 +218,7 @@ class S4D(Mixer):
         inputs, row = full(u), _real_row(state.ssm.mul_(decay))
         row.addcmul_(gain, inputs.unsqueeze(-1))
         y = torch.addcmul(torch.linalg.vecdot(row, readout), inputs, full(self.D))
-        return self.out_proj(_gated(y, z).to(u.dtype)), state
+        return self.out_proj(_activated(y, z).to(u.dtype)), state
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -241,15 +241,15 @@ class S4D(Mixer):
         return decay, _real_row(gain.contiguous()), self._sides * _real_row(C.conj())
 
 
-class _MixChannels(nn.Linear):
-    """An activation, and a linear map whose second half of outputs gates the first (GLU, 1612.08083)."""
+class _GatedLinear(nn.Linear):
+    """A linear map whose second half of outputs gates the first (GLU, 1612.08083)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.glu(super().forward(F.gelu(x, approximate="tanh")))
+        return F.glu(super().forward(x))
 
 
-def _gated(y: Tensor, z: Tensor | None) -> Tensor:
-    return y if z is None else y * F.silu(z)
+def _activated(y: Tensor, z: Tensor | None) -> Tensor:
+    return F.gelu(y, approximate="tanh") if z is None else y * F.silu(z)
 
 
 def _real_row(x: Tensor) -> Tensor:
