@@ -69,10 +69,21 @@ def training_memory(model: "Task", config: "BackboneConfig", tokens: int, activa
     from ..kernels.cross_entropy import CHUNK
 
     weights = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    maps = _maps(model, tokens)
     tokens = -(-tokens // model.hparams.get("patch", 1))
     kept = sum(_kept(row, length, activation_bytes) for row, length in _rows(config, tokens))
+    # what a convolution made, in float32 for its norm too, and what came of that
+    kept += (4 + 3 * activation_bytes) * sum(maps)
     logits = min(tokens * (model.hparams.get("vocab_size") or 0) * activation_bytes, CHUNK)
     return weights + kept + logits
+
+
+def _maps(model: "Task", tokens: int) -> list[int]:
+    """How many numbers each convolution makes of what a classifier of sound hears through filters."""
+    from ..zoo.frontends import Filterbank
+
+    heard = getattr(model, "patches", None)
+    return heard.maps(tokens) if isinstance(heard, Filterbank) else []
 
 
 def _rows(config: "BackboneConfig", tokens: int) -> "Iterator[tuple[BackboneConfig, int]]":
@@ -125,7 +136,7 @@ def _kept(row: "BackboneConfig", tokens: int, activation_bytes: int) -> int:
 def inference_memory(model: "Task", config: "BackboneConfig", tokens: int, activation_bytes: int) -> float:
     """An estimate in bytes: weights, the state, and what a layer has at once of the tokens that it reads."""
     weights = activation_bytes * sum(p.numel() for p in model.parameters())
-    state, layers = 0, []
+    state, layers = 0, [(4 + activation_bytes) * numbers for numbers in _maps(model, tokens)]
     for row, length in _rows(config, -(-tokens // model.hparams.get("patch", 1))):
         for mixer in row.mixers:
             state += _state(row, mixer, activation_bytes)

@@ -74,11 +74,10 @@ class SequenceClassifier(Task):
             raise ValueError(f"model.num_classes: must be from 2 to {_MOST}, not {num_classes}")
         if patch < 1 or features < 1:
             raise ValueError(f"model.patch, model.features: must be 1 or more, not {patch} and {features}")
-        if filters is not None and (filters < 1 or vocab_size is not None or features != 1 or patch < 2):
+        if filters is not None and (filters < 1 or vocab_size is not None or features != 1):
             raise ValueError(
-                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float), of which model.patch, 2 "
-                f"or more, make a vector; not {filters} beside model.patch={patch} and "
-                f"{f'{features} features' if vocab_size is None else f'{vocab_size} codes'}"
+                "model.filters: must be 1 or more, for sound as numbers (data.encoding=float); not "
+                f"{filters} beside {f'{features} features' if vocab_size is None else f'{vocab_size} codes'}"
             )
         if config.reverse_complement and (patch > 1 or vocab_size is None):
             raise ValueError(

@@ -1,7 +1,6 @@
 """What turns a batch's inputs into the vectors that the backbone mixes."""
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +69,8 @@ class Filterbank(nn.Module):
     OWN, LEAST = 0.8, 0.3
     # how many stretches are left out, and the largest share of all bands and of all times that one is
     MASKS, BANDS, TIMES = 2, 0.2, 0.15
-    # of the convolutions
-    CHANNELS = (32, 48, 64, 96, 128)
+    # of each convolution the channels, and of how many times the largest stays
+    CONVOLUTIONS = ((32, 2), (48, 2), (64, 1), (96, 1), (128, 1))
 
     filters: Tensor
     window: Tensor
@@ -90,23 +89,24 @@ class Filterbank(nn.Module):
         self.register_buffer("filters", waves.flatten(0, 1)[:, None], persistent=False)
         window = torch.hann_window(2 * round(self.SPAN * self.hop / self.step / 2) + 3, periodic=False)[1:-1]
         self.register_buffer("window", (window / window.sum())[None, None], persistent=False)
+        widths = (1, *(channels for channels, _ in self.CONVOLUTIONS))
         self.convolutions = nn.ModuleList(
-            _Convolution(before, after, times=2 if i < math.log2(self.HOPS) else 1)
-            for i, (before, after) in enumerate(pairwise((1, *self.CHANNELS)))
+            _Convolution(before, *convolution)
+            for before, convolution in zip(widths, self.CONVOLUTIONS, strict=False)
         )
-        self.out = nn.Linear(self.CHANNELS[-1] * -(-filters // 2 ** len(self.CHANNELS)), d_out)
+        self.out = nn.Linear(widths[-1] * -(-filters // 2 ** len(self.CONVOLUTIONS)), d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         # quiet bands have energies that 16 bits do not tell apart
         with torch.autocast(x.device.type, enabled=False):
-            y = self._energies(x[..., 0].to(self.filters.dtype))
-            # a power of 0 has no derivative
+            y = self._energies(x[..., 0].to(torch.promote_types(x.dtype, torch.float32)))
+            # so that silence is not 0 / 0
             loud = y.mean(2, keepdim=True) + 1e-10
             usual = loud**self.OWN * loud.mean(1, keepdim=True) ** (1 - self.OWN)
             y = torch.log1p(y / (self.LEAST * usual))
         if self.training:
             y = y * self._kept(y, 1, self.BANDS) * self._kept(y, 2, self.TIMES)
-        y = y[:, None]
+        y = y[:, None].to(self.out.weight.dtype)
         for convolution in self.convolutions:
             y = convolution(y)
         return self.out(y.flatten(1, 2).mT)
@@ -114,12 +114,20 @@ class Filterbank(nn.Module):
     def _energies(self, x: Tensor) -> Tensor:
         """Samples (b, l) to what each filter lets through of them around the middle of every hop (b, filters, m)."""
         edge, parts, reach = self.filters.shape[2] // 2, self.hop // self.step, self.window.shape[2] // 2
+        filters, window = self.filters.to(x.dtype), self.window.to(x.dtype)
         x = F.pad(x, (edge, edge + -x.shape[1] % self.size))[:, None]
-        y = F.conv1d(x, self.filters, stride=self.step).unflatten(1, (2, -1)).square().sum(1)
-        sides = (reach - parts // 2, reach - (parts - 1) // 2)
-        return F.conv1d(F.pad(y, sides).flatten(0, 1)[:, None], self.window, stride=parts).view(
-            *y.shape[:2], -1
-        )
+        y = F.conv1d(x, filters, stride=self.step).unflatten(1, (2, -1)).square().sum(1)
+        y = F.pad(y, (reach - parts // 2, reach - (parts - 1) // 2))
+        return F.conv1d(y.flatten(0, 1)[:, None], window, stride=parts).view(*y.shape[:2], -1)
+
+    def maps(self, samples: int) -> list[int]:
+        """How many numbers each convolution makes of so many samples."""
+        bands, times = self.filters.shape[0] // 2, -(-samples // self.size) * self.HOPS
+        found = []
+        for channels, fewer in self.CONVOLUTIONS:
+            found.append(channels * bands * times)
+            bands, times = -(-bands // 2), times // fewer
+        return found
 
     def _kept(self, y: Tensor, axis: int, most: float) -> Tensor:
         """1 where y (b, bands, times) is kept and 0 in stretches along an axis, of a share up to `most` of it each."""

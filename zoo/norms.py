@@ -72,6 +72,11 @@ class BatchNorm(nn.Module):
                 "backbone.norm: while training, batch norms by whole batches of sequences and takes no steps; call "
                 "model.eval() first"
             )
+        if learning and x.numel() == x.shape[-1]:
+            raise ValueError(
+                "backbone.norm, model.filters: while training, batches are normed, of which one position is none; give "
+                "longer rows, or more at once (data.batch_size)"
+            )
         stream = _add(x, residual)
         weight, bias = self.weight.to(stream.dtype), self.bias.to(stream.dtype)
         usual = self.running_mean, self.running_var

@@ -219,6 +219,7 @@ def test_layers_without_an_mlp_can_be_said_in_every_layout(d_mlp: int | None) ->
         ("transformers", {"d_mlp": 64}, "a Mamba of transformers cannot say.*backbone.d_mlp is 64"),
         ("transformers", {"mamba": {"discretization": "zoh"}}, "backbone.mamba.discretization is 'zoh'"),
         ("transformers", {"mamba": {"a_init": "s4d-lin"}}, "A is complex"),
+        ("state-spaces", {"layer_scale": 0.1}, "a Mamba of state-spaces cannot say.*layer_scale is 0.1"),
         ("state-spaces", {"norm_eps": 1e-6}, "a Mamba of state-spaces cannot say.*norm_eps is 1e-06"),
         ("state-spaces", {"mamba": {"selective": ["delta"]}}, "backbone.mamba.selective is"),
         ("state-spaces", {"d_mlp": 100}, "d_mlp is 100, no multiple of 128"),

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from mambazoo.checkpoints.io import from_pretrained
 from mambazoo.zoo.classification import SequenceClassifier
-from mambazoo.zoo.frontends import Filterbank
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.heads import pool
 from mambazoo.zoo.language import LanguageModel
@@ -148,73 +147,6 @@ def test_samples_are_read_by_patches_and_padding_changes_nothing(
     assert seen == [torch.Size([4, 6, 16])]
 
 
-@torch.no_grad()
-def test_filters_hear_what_is_loud_and_when_however_loud_it_is() -> None:
-    bank, t = Filterbank(20, 320, 8).eval(), torch.arange(4000) / 8000
-    # what the 6th and the 14th filter are for, in cycles a sample
-    middles = [(9 ** (place / 21) - 1) / 16 for place in (6, 14)]
-    low, high = (torch.sin(2 * torch.pi * middle * 8000 * t) for middle in middles)
-    # the lower tone in the first half, the higher one in the second
-    x = torch.where(t < 0.25, low, high)[None]
-    energies = bank._energies(x)[0]
-    # padded to a whole vector, of four
-    assert energies.shape == (20, 52)
-    loudest = energies.argmax(0)
-    assert (loudest[3:22] == 5).all()
-    assert (loudest[28:47] == 13).all()
-    # a complex filter of weight 1 hears half of a sine's level
-    assert energies[5, 10].item() == pytest.approx(0.25, rel=0.01)
-    samples = x[..., None]
-    torch.testing.assert_close(bank(0.1 * samples), bank(samples), rtol=1e-2, atol=1e-3)
-    silence = bank(torch.zeros(1, 8000, 1))
-    torch.testing.assert_close(silence[:, 3:-3], silence[:, 3:4].expand(-1, 19, -1))
-    assert [bank(torch.zeros(1, l, 1)).shape[1] for l in (1, 320, 321, 8000)] == [1, 1, 2, 25]
-
-
-@pytest.mark.parametrize(("size", "step"), [(320, 8), (64, 1), (28, 1), (440, 11), (400, 10)])
-def test_filters_are_centred_on_what_they_stand_for(size: int, step: int) -> None:
-    bank = Filterbank(6, size, 4)
-    assert bank.step == step
-    x = torch.zeros(1, 9 * size)
-    x[0, 4 * size + bank.hop // 2] = 1
-    energies = bank._energies(x).sum(1)[0]
-    assert energies.argmax() == 16
-    torch.testing.assert_close(energies[15], energies[17], rtol=0.3, atol=0)
-
-
-def test_what_is_left_out_of_training_are_stretches_and_other_ones_in_every_row() -> None:
-    bank = Filterbank(40, 320, 8)
-    torch.manual_seed(0)
-    y = torch.ones(400, 40, 100)
-    for axis, most in ((1, bank.BANDS), (2, bank.TIMES)):
-        kept = bank._kept(y, axis, most)
-        assert kept.shape == ((400, 40, 1) if axis == 1 else (400, 1, 100))
-        left_out = 1 - kept.flatten(1)
-        stretches = (left_out.diff(dim=1) > 0).sum(1) + (left_out[:, 0] > 0)
-        assert {1, 2} <= set(stretches.tolist()) <= {0, 1, 2}
-        # two of half the most on average, which seldom overlap
-        assert left_out.mean().item() == pytest.approx(most, rel=0.1)
-        assert left_out.mean(1).max() <= 2 * most + 2 / kept.numel() * 400
-        # the ends are left out as well as the middle
-        assert left_out.mean(0).min() > 0
-    x = torch.randn(2, 3200, 1)
-    assert not torch.equal(bank(x), bank(x))
-    bank.eval()
-    assert torch.equal(bank(x), bank(x))
-
-
-def test_silence_has_gradients_and_filters_want_rows_of_one_length() -> None:
-    model = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2, patch=320, filters=12)
-    inputs = torch.randn(2, 800, 1)
-    inputs[1] = 0
-    model(inputs).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    with pytest.raises(
-        ValueError, match=r"model.filters: hears what pads a row too; give rows of one length"
-    ):
-        model(inputs, torch.tensor([800, 400]))
-
-
 @pytest.mark.parametrize("lengths", [[12, 5, 3], [10, -1, 3], [10, 5]])
 @pytest.mark.parametrize("pattern", ["mamba", "attention"])
 def test_lengths_that_cannot_be_are_refused(pattern: str, lengths: list[int]) -> None:
@@ -238,6 +170,7 @@ def test_tells_tones_apart(heard: dict[str, int]) -> None:
         optimizer.zero_grad()
         model.training_loss(tones(seed)).backward()
         optimizer.step()
+    model.eval()
     assert logged(model, *(tones(1000 + seed) for seed in range(8)))["val/accuracy"] > 0.95
 
 
@@ -361,8 +294,12 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
         ({"backbone": {"reverse_complement": True}}, "model.complement: give"),
         ({"patch": 0}, "model.patch, model.features: must be 1 or more"),
         ({"backbone": {"reverse_complement": True}, "patch": 4}, "leave out model.patch"),
-        ({"filters": 8, "patch": 4}, "model.filters: must be 1 or more, for sound as numbers.*and 6 codes"),
-        ({"filters": 8, "vocab_size": None}, "model.filters: .* not 8 beside model.patch=1 and 1 features"),
+        ({"filters": 8, "patch": 4}, "model.filters: must be 1 or more, for sound as numbers.* not 8 beside 6 codes"),
+        (
+            {"filters": 8, "vocab_size": None, "features": 2, "patch": 4},
+            "model.filters: .* not 8 beside 2 features",
+        ),
+        ({"filters": 8, "vocab_size": None}, "model.patch: with model.filters .* a multiple of 4, .* not 1$"),
         (
             {"filters": 8, "vocab_size": None, "patch": 10},
             "model.patch: with model.filters .* a multiple of 4, .* not 10",

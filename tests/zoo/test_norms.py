@@ -97,12 +97,12 @@ def test_evaluation_steps_hands_on_and_packs_as_ever(norm: str, prenorm: bool) -
 
 @pytest.mark.parametrize("norm", ["rms", *KINDS])
 def test_a_norm_may_come_after_what_it_norms(norm: str) -> None:
-    model, x = build(norm, d_mlp=24, prenorm=False, dropout=0.2), random(2, 9, 16)
+    model, x = build(norm, d_mlp=24, prenorm=False, dropout=0.2, layer_scale=0.3), random(2, 9, 16)
     assert not any(name.startswith("norm_f") for name, _ in model.named_parameters())
     expected = x
     for block in model.layers:
         for own, layer in ((block.norm, block.mixer), (block.norm2, lambda x, mlp=block.mlp: (mlp(x), None))):
-            expected, _ = own(expected + layer(expected)[0])
+            expected, _ = own(expected + 0.3 * layer(expected)[0])
     y, _ = model(x)
     torch.testing.assert_close(y, expected)
     saving = build(norm if norm != "batch" else "rms", d_mlp=24, prenorm=False, checkpoint_activations=True)
@@ -113,7 +113,8 @@ def test_a_norm_may_come_after_what_it_norms(norm: str) -> None:
 @pytest.mark.parametrize("norm", KINDS)
 @torch.no_grad()
 def test_a_unet_steps_as_it_reads(norm: str) -> None:
-    config = BackboneConfig.from_dict({**values(norm, n_layers=1), "pool": [2]})
+    stages = [{}, {"layer_scale": 0.3}]
+    config = BackboneConfig.from_dict({**values(norm, n_layers=1), "pool": [2], "stages": stages})
     model, x = UNet(config).double(), random(2, 8, 16)  # type: ignore[arg-type]
     model(random(3, 8, 16))
     model.eval()
@@ -190,6 +191,7 @@ def test_a_frozen_norm_keeps_its_statistics_in_training() -> None:
         ({"prenorm": False, "pool": [2]}, "backbone.prenorm: the stages of a U-Net share one stream"),
         ({"dropout": 1.0}, "backbone.dropout: must be from 0 to below 1"),
         ({"dropout": -0.1}, "backbone.dropout: must be from 0 to below 1"),
+        ({"layer_scale": 0.0}, "backbone.layer_scale: must be above 0"),
         ({"norm": "batch", "checkpoint_activations": True}, "would count twice in the statistics"),
     ],
 )
