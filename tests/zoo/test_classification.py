@@ -294,7 +294,10 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
         ({"backbone": {"reverse_complement": True}}, "model.complement: give"),
         ({"patch": 0}, "model.patch, model.features: must be 1 or more"),
         ({"backbone": {"reverse_complement": True}, "patch": 4}, "leave out model.patch"),
-        ({"filters": 8, "patch": 4}, "model.filters: must be 1 or more, for sound as numbers.* not 8 beside 6 codes"),
+        (
+            {"filters": 8, "patch": 4},
+            "model.filters: must be 1 or more, for sound as numbers.* not 8 beside 6 codes",
+        ),
         (
             {"filters": 8, "vocab_size": None, "features": 2, "patch": 4},
             "model.filters: .* not 8 beside 2 features",
