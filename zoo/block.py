@@ -112,9 +112,7 @@ class Block(nn.Module):
 
 
 def _build_scale(config: BackboneConfig) -> nn.Parameter | None:
-    """What each channel counts that a layer adds, (d_model,)."""
-    return (
-        None
-        if config.layer_scale is None
-        else nn.Parameter(torch.full((config.d_model,), config.layer_scale))
-    )
+    """What each channel counts of what a mixer or MLP adds, (d_model,); None is all of it."""
+    if config.layer_scale is None:
+        return None
+    return nn.Parameter(torch.full((config.d_model,), config.layer_scale))

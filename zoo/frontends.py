@@ -53,11 +53,11 @@ class Filterbank(nn.Module):
     """What is loud in a sound around every size-th sample: (b, l, 1) to (b, l / size, d_out), rounded up.
 
     The energy that Gabor wavelets let through, spaced as an ear's, is averaged over a window, as where TD-filterbanks
-    start (Zeghidour et al., 1711.01161). Wavelets that are learnt from there fit the voices of some thousand clips, and
-    no others (docs/log.md). Before a logarithm an energy is measured by how loud that band is in the whole of the
-    sequence, and by the sequence itself (as in PCEN, Wang et al., 1607.05666): that takes away what a microphone does
-    to a band and how loud a voice is. Every vector so depends on all samples, padding too. While it trains, bands and
-    times are left out by lot (SpecAugment, Park et al., 1904.08779).
+    start (Zeghidour et al., 1711.01161). They are not learnt: at the rate of other weights they soon are no wavelets,
+    and less is heard right (docs/log.md). Before a logarithm an energy is measured by how loud that band is in the
+    whole of the sequence, and by the sequence itself (as in PCEN, Wang et al., 1607.05666): that takes away what a
+    microphone does to a band and how loud a voice is. Every vector so depends on all samples, padding too. While it
+    trains, bands and times are left out by lot (SpecAugment, Park et al., 1904.08779).
 
     Convolutions over bands and time then see alike what higher and lower voices say. After each only the largest of two
     bands stays, and after the first ones of two times, so that a vector stands for `HOPS` energies.

@@ -78,7 +78,7 @@ def test_what_is_left_out_of_training_are_stretches_and_other_ones_in_every_row(
 
 
 def test_silence_has_gradients_and_filters_want_rows_of_one_length() -> None:
-    model = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2, patch=320, filters=12)
+    model = build()
     inputs = torch.randn(2, 800, 1)
     inputs[1] = 0
     model(inputs).square().sum().backward()
@@ -87,6 +87,15 @@ def test_silence_has_gradients_and_filters_want_rows_of_one_length() -> None:
         ValueError, match=r"model.filters: hears what pads a row too; give rows of one length"
     ):
         model(inputs, torch.tensor([800, 400]))
+
+
+@pytest.mark.parametrize(("filters", "samples"), [(40, 3200), (12, 3100), (1, 320)])
+def test_the_maps_that_are_counted_are_those_that_are_made(filters: int, samples: int) -> None:
+    bank, made = Filterbank(filters, 320, 8).eval(), []
+    for convolution in bank.convolutions:
+        convolution.conv.register_forward_hook(lambda _, arguments, y: made.append(y.numel()))
+    bank(torch.randn(1, samples, 1))
+    assert bank.maps(samples) == made
 
 
 @torch.no_grad()
