@@ -22,7 +22,7 @@ from .launchers import is_first, tie_ranks
 _TRAINING = {
     "fit": "train a recipe: mambazoo fit language/demo trainer.max_steps=1000",
     "finetune": "train a recipe from a pretrained model: mambazoo finetune language/finetune model.pretrained=NAME",
-    "resume": "go on with a run, exactly, from its newest checkpoint",
+    "resume": "go on with a run, exactly, from its newest checkpoint, or anew where it has none yet",
     "validate": "measure a run's best checkpoint",
     "test": "measure a run's best checkpoint on its test split",
     "predict": "write what a run's best checkpoint says of each held-out sequence",

@@ -55,18 +55,14 @@ def finetune(name: str, overrides: list[str]) -> int:
 
 def _begin(recipe: Recipe, overrides: list[str], config: dict[str, Any], start: Start | None) -> int:
     run = make_run(Path(config.get("trainer", {}).get("default_root_dir") or "runs"), recipe.name)
-    main = "LOCAL_RANK" not in os.environ
     try:
         config = compose(recipe, [*overrides, f"trainer.default_root_dir={run}"])
         if start is not None:
             config = start.complete(config, run)
-        launch = launched(config)
-        _prepare(launch)
-        if start is not None:
-            start.hand_over(launch, config, say=main)
+        launch = _ready(config, start)
     except BaseException:
         # nothing has happened yet that would be worth a folder
-        if main:
+        if _starts_others():
             shutil.rmtree(run, ignore_errors=True)
         raise
     if launch.trainer.is_global_zero:
@@ -75,6 +71,19 @@ def _begin(recipe: Recipe, overrides: list[str], config: dict[str, Any], start: 
         if vocabulary and "json" in vocabulary:
             (run / TOKENIZER).write_text(vocabulary["json"], encoding="utf-8")
     return _train(launch, config, run, recipe.name)
+
+
+def _ready(config: dict[str, Any], start: Start | None) -> Launch:
+    """The objects of a recipe with their data read and, of a pretrained model, the weights."""
+    launch = launched(config)
+    _prepare(launch)
+    if start is not None:
+        start.hand_over(launch, config, say=_starts_others())
+    return launch
+
+
+def _starts_others() -> bool:
+    return "LOCAL_RANK" not in os.environ
 
 
 def launched(config: dict[str, Any]) -> Launch:
@@ -99,8 +108,10 @@ def launched(config: dict[str, Any]) -> Launch:
 
 
 def resume(name: str, overrides: list[str]) -> int:
-    """Go on with a run from its newest checkpoint, exactly as if it had never stopped."""
+    """Go on with a run from its newest checkpoint, exactly as if it had never stopped; before its first one, anew."""
     run = latest_run(Path(name))
+    if _has_only_begun(run):
+        return _begin_again(run, overrides)
     path, problems = newest_checkpoint(run / "checkpoints")
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
@@ -110,9 +121,7 @@ def resume(name: str, overrides: list[str]) -> int:
     kept = _as_it_was(compose(recipe, [place]), checkpoint)
     _refuse_changes(_as_it_was(compose(recipe, [*overrides, place]), checkpoint), kept)
     step = checkpoint["global_step"]
-    if (kept.get("loggers") or {}).get("tensorboard"):
-        overrides = [*overrides, f"loggers.tensorboard.purge_step={step}"]
-    config = _as_it_was(compose(recipe, [*overrides, place]), checkpoint)
+    config = _as_it_was(compose(recipe, [*overrides, place, *_purged(kept, step)]), checkpoint)
     config.pop("name", None)
     launch = launched(config)
     _prepare(launch)
@@ -124,6 +133,31 @@ def resume(name: str, overrides: list[str]) -> int:
         rewind_journal(run, step)
         print(f"resuming {run} after step {step}", flush=True)
     return _train(launch, config, run, recipe.name, path)
+
+
+def _has_only_begun(run: Path) -> bool:
+    """Whether a run was recorded and neither ended nor had a checkpoint, so that there is nothing to lose."""
+    ended = (run / "summary.json").exists() or any((run / "checkpoints").glob("*.ckpt"))
+    return not ended and (run / "env.json").exists()
+
+
+def _begin_again(run: Path, overrides: list[str]) -> int:
+    recipe = find(str(run))
+    values = [*overrides, f"trainer.default_root_dir={run}"]
+    config = compose(recipe, [*values, *_purged(compose(recipe, values), 0)])
+    config.pop("name", None)
+    launch = _ready(config, Start(config) if config["model"].get(PRETRAINED) else None)
+    os.environ["MAMBAZOO_RUN"] = str(run)
+    if launch.trainer.is_global_zero:
+        rewind_journal(run, 0)
+        print(f"{run} has no checkpoint yet: it starts anew", flush=True)
+    return _train(launch, config, run, recipe.name)
+
+
+def _purged(config: dict[str, Any], step: int) -> list[str]:
+    """What has TensorBoard forget what was logged from a step on."""
+    watched = (config.get("loggers") or {}).get("tensorboard")
+    return [f"loggers.tensorboard.purge_step={step}"] if watched else []
 
 
 def validate(name: str, overrides: list[str]) -> int:

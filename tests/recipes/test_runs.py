@@ -127,6 +127,22 @@ def test_a_killed_run_goes_on_exactly(
         assert newest_checkpoint(run / "checkpoints")[0].name in ("previous.ckpt", "best.ckpt")
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "small" / "1"
+    process = start(tmp_path, "fit", str(recipe), "callbacks.checkpoints.every_n_steps=20")
+    wait_for_step(run, 6, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((run / "checkpoints").glob("*.ckpt"))
+    assert "has no checkpoint yet: it starts anew" in finish(start(tmp_path, "resume", str(run)))
+    assert_same(run, whole)
+    # one that has ended has something to lose
+    shutil.rmtree(run / "checkpoints")
+    assert "holds no whole checkpoint" in finish(start(tmp_path, "resume", str(run)), 2)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_after_a_step_with_a_checkpoint(
     recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
