@@ -53,7 +53,7 @@ class RecordingsDataModule(DataModule):
     """
 
     # num_classes is none where there are no labels, vocab_size where there are no codes
-    PROVIDES: ClassVar[tuple[str, ...]] = ("vocab_size", "num_classes")
+    PROVIDES: ClassVar[tuple[str, ...]] = ("vocab_size", "num_classes", "classes")
 
     def __init__(
         self,

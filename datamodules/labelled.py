@@ -180,7 +180,7 @@ class LabelledSequenceDataModule(DataModule):
         batch_size, num_workers, seed: see DataModule.
     """
 
-    PROVIDES = ("vocab_size", "complement", "num_classes")
+    PROVIDES = ("vocab_size", "complement", "num_classes", "classes")
     vocab_size = SIZE
     complement = COMPLEMENT
 

@@ -76,7 +76,7 @@ class LabelledRowsDataModule(DataModule):
         batch_size, num_workers, seed: see DataModule.
     """
 
-    PROVIDES = ("vocab_size", "num_classes")
+    PROVIDES = ("vocab_size", "num_classes", "classes")
 
     def __init__(
         self,

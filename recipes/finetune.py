@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from ..checkpoints import adapters
 from ..checkpoints.io import read, vocabulary_texts
@@ -80,7 +81,7 @@ class Start:
         tokens = self._same_tokens(launch, say)
         kind = self.stored.task.rpartition(".")[2]
         try:
-            result = transfer(launch.model, self.stored.weights, tokens)
+            result = transfer(launch.model, self._weights(launch), tokens)
         except ValueError as error:
             raise ValueError(
                 f"model.{PRETRAINED}: {self.name}, a {kind}, does not fit; leave out model.backbone, "
@@ -93,6 +94,13 @@ class Start:
         if say:
             print("\n".join([f"from {self.name}, a {kind}", *result.lines]))
             print(f"  {finetuning.mode:12} {describe(launch.model)}", flush=True)
+
+    def _weights(self, launch: Launch) -> dict[str, Tensor]:
+        """The pretrained weights, without a classifier of classes that have other names."""
+        here, there = launch.model.hparams.get("classes"), self.stored.arguments.get("classes")
+        if not here or not there or here == there:
+            return self.stored.weights
+        return {name: w for name, w in self.stored.weights.items() if not name.startswith("classifier.")}
 
     def _same_tokens(self, launch: Launch, say: bool) -> list[tuple[int, int]] | None:
         """The pairs of tokens (here, there) that are the same; None where the vocabularies are."""

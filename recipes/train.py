@@ -357,11 +357,13 @@ def _as_it_was(config: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, 
 def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, or of one that reads other tokens."""
     before, after = flat(checkpoint.get("hyper_parameters", {})), flat(dict(launch.model.hparams))
-    changed = [key for key in after if before.get(key) != after[key] and not key.startswith("optimizer.")]
+    # what the checkpoint does not know was not there then
+    same = {key: value for key, value in after.items() if key in before and not key.startswith("optimizer.")}
+    changed = [key for key in same if before[key] != after[key]]
     if changed:
         raise ValueError(
             "\n".join(
-                f"{key}: the checkpoint has {before.get(key)!r}, the recipe {after[key]!r}" for key in changed
+                f"{key}: the checkpoint has {before[key]!r}, the recipe {after[key]!r}" for key in changed
             )
         )
     kept = checkpoint.get(type(launch.datamodule).__qualname__, {}).get("vocabulary")

@@ -44,6 +44,8 @@ class SequenceClassifier(Task):
             then a multiple of 4.
         pooling: masked (the mean over a sequence's own positions), max (the largest of each number over these), mean
             (over padding too), or last.
+        classes: the name of each class, by which predictions call it; a recipe leaves them to the data module, and null
+            is numbers from 0.
         class_weights: what a sequence of each class counts in the loss.
         average_strands: when measuring and predicting, average the logits of a sequence and its reverse complement
             (Caduceus-PH, 2403.03234).
@@ -64,6 +66,7 @@ class SequenceClassifier(Task):
         patch: int = 1,
         filters: int | None = None,
         pooling: str = "masked",
+        classes: list[str] | None = None,
         class_weights: list[float] | None = None,
         average_strands: bool = False,
         optimizer: dict[str, Any] | None = None,
@@ -87,6 +90,11 @@ class SequenceClassifier(Task):
             raise ValueError(
                 f"model.pooling: must be one of {', '.join(POOLINGS)}, not {pooling!r}{nearest(pooling, POOLINGS)}"
             )
+        if classes is not None and not len(set(classes)) == len(classes) == num_classes:
+            raise ValueError(
+                f"model.classes: must be {num_classes} names, one for each class, not {len(classes)}, "
+                f"{len(set(classes))} of them different"
+            )
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) <= 0):
             raise ValueError(
                 f"model.class_weights: must be {num_classes} numbers above 0, one for each class, not {class_weights}"
@@ -101,6 +109,7 @@ class SequenceClassifier(Task):
                 "patch": patch,
                 "filters": filters,
                 "pooling": pooling,
+                "classes": classes,
                 "class_weights": class_weights,
                 "average_strands": average_strands,
                 "optimizer": self.optimizer_config.to_dict(),
@@ -108,6 +117,7 @@ class SequenceClassifier(Task):
             logger=False,
         )
         self.pooling, self.average_strands = pooling, average_strands
+        self.classes = classes or [str(i) for i in range(num_classes)]
         table = None
         if config.reverse_complement or average_strands:
             table = complement_table(complement, vocab_size or 0)
@@ -175,9 +185,10 @@ class SequenceClassifier(Task):
         for metric in (self.confusion, self.f1, self.mcc, self.auroc):
             metric.update(p, labels)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[list[float]]:
-        """The probability of every class, for each sequence of a batch."""
-        return self.predict(batch).float().softmax(-1).tolist()
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float]]:
+        """The probability of every class by its name, for each sequence of a batch."""
+        rows = self.predict(batch).float().softmax(-1).tolist()
+        return [dict(zip(self.classes, row, strict=True)) for row in rows]
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")

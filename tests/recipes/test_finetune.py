@@ -241,6 +241,22 @@ def test_dna_moves_under_a_classifier(mambazoo: Command, genome_base: Path, labe
     code, out, err = mambazoo("finetune", *given[:1], f"model.pretrained={run}", *given[2:])
     assert code == 0, err
     assert "classifier   loaded 2 tensors" in out
+    # what tells other classes apart starts anew, though they are as many
+    others = labelled.with_name("others.tsv")
+    others.write_text(labelled.read_text().replace("\tb", "\tc"))
+    code, out, err = mambazoo("check", *given[:1], f"model.pretrained={run}", f"data.paths={others}", *SMALL)
+    assert code == 0, err
+    assert "classifier   new 2 tensors, 34 parameters" in out
+    # predictions call classes by their names, and are not of others
+    code, out, err = mambazoo("predict", str(run))
+    assert code == 0, err
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(list(row) == ["a", "b"] for row in rows)
+    assert [sum(row.values()) for row in rows] == pytest.approx([1] * len(rows), abs=1e-5)
+    code, out, err = mambazoo("predict", str(run), f"data.paths={others}")
+    assert code == 2
+    assert "classes: the checkpoint has ['a', 'b'], the recipe ['a', 'c']" in err
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,8 @@ def test_learns_a_motif_on_either_strand_and_survives_a_checkpoint(tmp_path: Pat
         assert torch.equal(again.predict(held_out), model.predict(held_out))
     rows = again.predict_step(held_out, 0)
     assert len(rows) == 512
-    assert sum(rows[0]) == pytest.approx(1, abs=1e-5)
+    assert list(rows[0]) == ["0", "1"]
+    assert sum(rows[0].values()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("backbone", KINDS, ids=str)
@@ -289,6 +290,7 @@ def test_a_pretrained_backbone_fits_by_name(backbone: dict[str, Any]) -> None:
             "model.pooling: must be one of last, mean, masked, max, not 'maskd', did you mean 'masked'",
         ),
         ({"class_weights": [1.0, 0.0]}, "model.class_weights: must be 2 numbers above 0"),
+        ({"classes": ["a", "a"]}, "model.classes: must be 2 names, .* not 2, 1 of them different"),
         ({"class_weights": [1.0]}, "model.class_weights: must be 2 numbers"),
         ({"average_strands": True}, "model.complement: give"),
         ({"backbone": {"reverse_complement": True}}, "model.complement: give"),
