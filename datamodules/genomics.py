@@ -72,7 +72,7 @@ class GenomeDataModule(DataModule):
         num_workers, seed: see DataModule.
     """
 
-    PROVIDES = ("vocab_size", "complement", "num_classes")
+    PROVIDES = ("vocab_size", "complement", "num_classes", "classes")
     vocab_size = SIZE
     # the token of each token's opposite: what a model of both strands must know
     complement = COMPLEMENT
@@ -104,7 +104,8 @@ class GenomeDataModule(DataModule):
         self.reverse_complement, self.soft_mask_weight = reverse_complement, soft_mask_weight
         self.files = find_genomes(paths)
         self.num_classes = len(paths)
-        self.classes = [files.name for files in self.files]
+        names = [files.name for files in self.files]
+        self.classes = names if len(set(names)) == len(names) else paths
         self.genomes: list[Genome] = []
 
     @property

@@ -97,7 +97,8 @@ class Start:
 
     def _weights(self, launch: Launch) -> dict[str, Tensor]:
         """The pretrained weights, without a classifier of classes that have other names."""
-        here, there = launch.model.hparams.get("classes"), self.stored.arguments.get("classes")
+        here, known = launch.model.hparams.get("classes"), self.stored.vocabulary or {}
+        there = self.stored.arguments.get("classes") or known.get("classes")
         if not here or not there or here == there:
             return self.stored.weights
         return {name: w for name, w in self.stored.weights.items() if not name.startswith("classifier.")}

@@ -282,7 +282,9 @@ def _save(figure: Any, path: Path) -> None:
 
     whole = io.BytesIO()
     figure.savefig(whole, dpi=100)
-    Image.open(whole).convert("RGB").quantize(64).save(path, optimize=True)
+    # by the method that keeps rare colours too
+    few = Image.open(whole).convert("RGB").quantize(64, method=Image.Quantize.FASTOCTREE)
+    few.save(path, optimize=True)
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:

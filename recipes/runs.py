@@ -66,8 +66,9 @@ def record(run: Path, name: str, config: dict[str, Any]) -> None:
     """Keep what the run is made of: its recipe and its surroundings."""
     kept = {"name": name, **_portable(config, f"{run}/")}
     kept["trainer"]["default_root_dir"] = str(run.parents[name.count("/") + 1])
-    (run / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (run / "env.json").write_text(json.dumps(environment(), indent=2))
+    # last, for it makes the folder a run
+    (run / KEPT).write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def surroundings(run: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..checkpoints.io import read, save
 from ..checkpoints.remote import TOKENIZER
 from ..zoo.finetune import FineTuning
 from ..zoo.heartbeat import Heartbeat
-from ..zoo.journal import rewind_journal
+from ..zoo.journal import read_journal, rewind_journal
 from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
@@ -67,10 +67,14 @@ def _begin(recipe: Recipe, overrides: list[str], config: dict[str, Any], start: 
         raise
     if launch.trainer.is_global_zero:
         record(run, recipe.name, config)
-        vocabulary = launch.datamodule.vocabulary
-        if vocabulary and "json" in vocabulary:
-            (run / TOKENIZER).write_text(vocabulary["json"], encoding="utf-8")
+        _keep_tokenizer(launch, run)
     return _train(launch, config, run, recipe.name)
+
+
+def _keep_tokenizer(launch: Launch, run: Path) -> None:
+    vocabulary = launch.datamodule.vocabulary
+    if vocabulary and "json" in vocabulary:
+        (run / TOKENIZER).write_text(vocabulary["json"], encoding="utf-8")
 
 
 def _ready(config: dict[str, Any], start: Start | None) -> Launch:
@@ -136,19 +140,26 @@ def resume(name: str, overrides: list[str]) -> int:
 
 
 def _has_only_begun(run: Path) -> bool:
-    """Whether a run was recorded and neither ended nor had a checkpoint, so that there is nothing to lose."""
+    """Whether a run has neither ended nor come as far as its first checkpoint, so that there is nothing to lose."""
     ended = (run / "summary.json").exists() or any((run / "checkpoints").glob("*.ckpt"))
-    return not ended and (run / "env.json").exists()
+    if ended or not (run / "env.json").exists():
+        return False
+    checkpoints = (compose(find(str(run)), []).get("callbacks") or {}).get("checkpoints")
+    steps = [step for values in read_journal(run).values() for step, _ in values]
+    return checkpoints is not None and max(steps, default=0) <= checkpoints["every_n_steps"]
 
 
 def _begin_again(run: Path, overrides: list[str]) -> int:
     recipe = find(str(run))
-    values = [*overrides, f"trainer.default_root_dir={run}"]
-    config = compose(recipe, [*values, *_purged(compose(recipe, values), 0)])
+    place = f"trainer.default_root_dir={run}"
+    kept = compose(recipe, [place])
+    _refuse_changes(compose(recipe, [*overrides, place]), kept)
+    config = compose(recipe, [*overrides, place, *_purged(kept, 0)])
     config.pop("name", None)
     launch = _ready(config, Start(config) if config["model"].get(PRETRAINED) else None)
     os.environ["MAMBAZOO_RUN"] = str(run)
     if launch.trainer.is_global_zero:
+        _keep_tokenizer(launch, run)
         rewind_journal(run, 0)
         print(f"{run} has no checkpoint yet: it starts anew", flush=True)
     return _train(launch, config, run, recipe.name)
@@ -382,7 +393,7 @@ def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
                 f"{key}: is {before.get(key)!r} in this run and cannot become {after.get(key)!r}"
                 for key in refused
             )
-            + "\nthe checkpoint decides these; `mambazoo fit` starts a new run"
+            + "\nthese are the run's; `mambazoo fit` starts a new run"
         )
     for key in changed:
         if key.startswith("data.") or key == "trainer.max_steps":

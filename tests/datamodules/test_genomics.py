@@ -229,6 +229,9 @@ def test_a_window_can_be_labelled_with_its_genome(fasta: Path, tmp_path: Path) -
     data = module([fasta, other], objective="genome", length=60, reverse_complement=False)
     assert data.num_classes == 2
     assert data.classes == ["a.fa", "b.fa"]
+    (tmp_path / "again").mkdir()
+    alike = [fasta, write(tmp_path / "again" / "a.fa", {"only": draw(1000, 9)})]
+    assert module(alike, objective="genome", length=60).classes == [str(path) for path in alike]
     whole = ["|".join(sequences_of(path).values()) for path in (fasta, other)]
     for batch in take(data, 30):
         assert set(batch) == {"inputs", "labels", "lengths"}

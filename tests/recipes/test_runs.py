@@ -132,14 +132,18 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
 ) -> None:
     run = tmp_path / "runs" / "small" / "1"
     process = start(tmp_path, "fit", str(recipe), "callbacks.checkpoints.every_n_steps=20")
-    wait_for_step(run, 6, process)
+    # the first validation, and with it a checkpoint, comes after step 7
+    wait_for_step(run, 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not list((run / "checkpoints").glob("*.ckpt"))
+    output = finish(start(tmp_path, "resume", str(run), "model.optimizer.lr=1"), 2)
+    assert "model.optimizer.lr: is 0.003 in this run and cannot become 1" in output
     assert "has no checkpoint yet: it starts anew" in finish(start(tmp_path, "resume", str(run)))
     assert_same(run, whole)
-    # one that has ended has something to lose
+    # what has gone on has something to lose
     shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
     assert "holds no whole checkpoint" in finish(start(tmp_path, "resume", str(run)), 2)
 
 
@@ -374,6 +378,10 @@ def test_a_run_is_the_model_it_was_where_a_default_has_changed(whole: Path, tmp_
     kept = yaml.safe_load((run / "recipe.yaml").read_text())
     # as if two layers had been the default then
     del kept["model"]["backbone"]["n_layers"]
+    # and an option of the model had not been there
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"].pop("tie_embeddings")
+    torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
     (run / "recipe.yaml").write_text(yaml.safe_dump(kept))
     output = finish(start(tmp_path, "validate", "elsewhere"))
     summary = json.loads((whole / "summary.json").read_text())
