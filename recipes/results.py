@@ -277,7 +277,7 @@ def draw_measurements(rows: list[Row], path: Path) -> bool:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a figure as a picture of few colours, a third of the bytes."""
+    """Write a figure as a picture of few colours, a quarter of the bytes."""
     from PIL import Image
 
     whole = io.BytesIO()

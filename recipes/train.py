@@ -369,8 +369,8 @@ def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, or of one that reads other tokens."""
     before, after = flat(checkpoint.get("hyper_parameters", {})), flat(dict(launch.model.hparams))
     # what the checkpoint does not know was not there then
-    same = {key: value for key, value in after.items() if key in before and not key.startswith("optimizer.")}
-    changed = [key for key in same if before[key] != after[key]]
+    known = [key for key in after if key in before and not key.startswith("optimizer.")]
+    changed = [key for key in known if before[key] != after[key]]
     if changed:
         raise ValueError(
             "\n".join(

@@ -204,6 +204,25 @@ def test_codes_of_sound_are_no_bytes(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_model(
+    mambazoo: Command, base: Path, texts: Path
+) -> None:
+    code, _, err = mambazoo(
+        "finetune", "language/finetune", f"model.pretrained={base}", f"data.paths={texts}", *SMALL
+    )
+    assert code == 0, err
+    whole, begun = Path("runs/language/finetune/1"), Path("runs/language/finetune/2")
+    shutil.copytree(whole, begun)
+    (begun / "summary.json").unlink()
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(begun / name)
+    code, out, err = mambazoo("resume", str(begun))
+    assert code == 0, err
+    assert "it starts anew" in out
+    assert curve(begun) == curve(whole)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_tokenizer_comes_with_its_model(
     mambazoo: Command, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
