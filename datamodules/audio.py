@@ -9,18 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import DataModule, Samples
+from .base import IGNORE, DataModule, Samples
 from .baselines import markov_bits, prediction_bits
 from .classes import count_classes, label_recordings, sort_classes
-from .recording_splits import KEYS, Selection, split_recordings
-from .recordings import RecordingFiles, find_recordings
+from .recording_splits import KEYS, Places, Selection, split_recordings
+from .recordings import RecordingFiles, Recordings, find_recordings
 from .sound import RATES
 from .waveform import LEVELS, Waveform
 from .windows import HeldOutWindows, RandomWindows, Stretches, Windows
 
 log = logging.getLogger(__name__)
 
-IGNORE = -100
 # of the simple models to compare with
 MARKOV_ORDERS, PREDICTION_ORDERS = (0, 1), (32,)
 
@@ -92,7 +91,8 @@ class RecordingsDataModule(DataModule):
         self.vocab_size = self.waveform.size
         self.files = RecordingFiles(sources, sample_rate, trim_silence, normalise)
         self.parts: dict[str, Stretches] = {}
-        # of each split, the class of each recording
+        # of each split, the name of each recording and its class
+        self.titles: dict[str, list[str]] = {}
         self.numbers: dict[str, NDArray[np.int64]] = {}
         self.counts: dict[str, list[int]] = {}
         self.majority: dict[str, float] = {}
@@ -116,22 +116,26 @@ class RecordingsDataModule(DataModule):
         if self.samples:
             return
         recordings = self.files.open()
-        places = split_recordings(
-            recordings, self.train, self.valid, self.test, speaker=self.speaker, by_time=self.by_time
-        )
-        for split, found in places.items():
+        for split, found in self.split(recordings).items():
             self.parts[split] = part = Stretches(recordings.samples, found)
             seconds = int(part.sizes.sum()) / self.waveform.sample_rate
+            of = np.searchsorted(recordings.starts, part.starts, side="right") - 1
+            self.titles[split] = names = [recordings.names[i] for i in of]
             labels, balance = None, ""
             if self.labels is not None:
-                of = np.searchsorted(recordings.starts, part.starts, side="right") - 1
-                labels = np.array([self.classes.index(self.labels[recordings.names[i]]) for i in of])
+                labels = np.array([self.classes.index(self.labels[name]) for name in names])
                 self.numbers[split] = labels
                 self.counts[split], self.majority[split], words = count_classes(labels, self.classes)
                 balance = f" ({words})"
             log.info("%s: %d recordings, %.1f s%s", split, len(part.starts), seconds, balance)
             self.samples[split] = self.read_split(split, part, labels)
         log.info("recordings %s", recordings.digest[:16])
+
+    def split(self, recordings: Recordings) -> dict[str, Places]:
+        """Where the recordings of each split are among all samples."""
+        return split_recordings(
+            recordings, self.train, self.valid, self.test, speaker=self.speaker, by_time=self.by_time
+        )
 
     def read_split(self, split: str, part: Stretches, labels: NDArray[np.int64] | None) -> Samples:
         """The samples of a split: of its recordings, or parts of them, and the class of each."""

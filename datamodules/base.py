@@ -75,6 +75,15 @@ class DataModule(L.LightningDataModule):
         """What there is to read, in a few words."""
         return f"batches of {self.batch_size}"
 
+    @property
+    def measured(self) -> str:
+        """The split that is tested and predicted: the test split, or validation where there is none."""
+        return "test" if "test" in self.samples else "val"
+
+    def names(self) -> list[str] | None:
+        """After `setup`: what each sample is called that `mambazoo predict` reads, in their order, if it has a name."""
+        return None
+
     def baselines(self) -> Iterator[tuple[str, float]]:
         """After `setup`: what simple models that learn from the training split reach on the validation split, by name.
 
@@ -102,10 +111,10 @@ class DataModule(L.LightningDataModule):
         return self._held_out("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._held_out("test" if "test" in self.samples else "val")
+        return self._held_out(self.measured)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._held_out("test" if "test" in self.samples else "val")
+        return self.test_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # called once for every batch that is about to be used, never for one that a worker has read ahead

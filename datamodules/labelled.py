@@ -31,12 +31,13 @@ TABLES = (".csv", ".tsv", ".txt")
 
 
 class Example(NamedTuple):
-    """Where the stored bytes of a labelled sequence are (which array, from, to, on which strand), and what it is."""
+    """A labelled sequence: where its stored bytes are (which array, from, to, on which strand), and its names."""
 
     source: int
     start: int
     end: int
     reverse: bool
+    name: str
     record: str
     label: str
 
@@ -47,6 +48,8 @@ class Table:
 
     sequence: NDArray[np.uint8]
     starts: list[int]
+    # by file and line, or file in a folder
+    names: list[str]
     labels: list[str]
     # empty where the table names none
     records: list[str]
@@ -72,7 +75,7 @@ def read_table(path: Path, label: str = "label") -> Table:
             )
     at, of = header.index("sequence"), header.index(label)
     chrom = header.index("chrom") if "chrom" in header else None
-    pieces, starts, labels, records = [], [0], [], []
+    pieces, starts, names, labels, records = [], [0], [], [], []
     for number, text in lines:
         cells = _cells(path, number, text, tabs)
         if len(cells) != len(header):
@@ -82,11 +85,12 @@ def read_table(path: Path, label: str = "label") -> Table:
         piece = _stored(cells[at].encode("utf-8"), f"{path}, line {number}")
         pieces.append(piece)
         starts.append(starts[-1] + len(piece))
+        names.append(f"{path.name}:{number}")
         labels.append(cells[of].strip())
         records.append("" if chrom is None else cells[chrom].strip())
     if not labels:
         raise ValueError(f"{path}: there is no row in it")
-    return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, labels, records)
+    return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, names, labels, records)
 
 
 def read_classes(folder: Path) -> Table:
@@ -95,12 +99,13 @@ def read_classes(folder: Path) -> Table:
     Raises:
         ValueError: with the file, where one is empty or holds letters that are no DNA.
     """
-    pieces, starts, labels = [], [0], []
+    pieces, starts, names, labels = [], [0], [], []
     for path in sorted(folder.glob(_IN_CLASSES)):
         pieces.append(_stored(path.read_bytes(), str(path)))
         starts.append(starts[-1] + len(pieces[-1]))
+        names.append(str(path.relative_to(folder)))
         labels.append(path.parent.name)
-    return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, labels, [""] * len(labels))
+    return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, names, labels, [""] * len(labels))
 
 
 def _stored(letters: bytes, where: str) -> bytes:
@@ -140,6 +145,7 @@ class LabelledSequences:
     ) -> None:
         self.sources, self.length, self.seed, self.flip = sources, length, seed, flip
         numbers = {label: i for i, label in enumerate(classes)}
+        self.names = [example.name for example in examples]
         self.labels = np.array([numbers[example.label] for example in examples])
         self.places = np.array([example[:4] for example in examples], dtype=np.int64).reshape(-1, 4)
 
@@ -261,6 +267,11 @@ class LabelledSequenceDataModule(DataModule):
             )  # fmt: skip
         self._warn_of_leaks(splits, sources)
 
+    def names(self) -> list[str]:
+        samples = self.samples[self.measured]
+        assert isinstance(samples, LabelledSequences)
+        return samples.names
+
     def baselines(self) -> Iterator[tuple[str, float]]:
         yield "the commonest class, accuracy", self.majority["val"]
         train, held_out = (self._sequences(split) for split in ("train", "val"))
@@ -304,14 +315,17 @@ class LabelledSequenceDataModule(DataModule):
         for path in self.files[split]:
             content = self.content[path]
             if isinstance(content, Table):
-                rows = zip(content.starts, content.starts[1:], content.records, content.labels, strict=False)
+                names, records, labels = content.names, content.records, content.labels
+                rows = zip(content.starts, content.starts[1:], names, records, labels, strict=False)
                 examples += [Example(len(sources), a, b, False, *row) for a, b, *row in rows]
                 sources.append(content.sequence)
                 continue
             for line, i in zip(content, locate(path, content, genomes), strict=True):
                 start, end = genomes[i].place(line.interval)
                 reverse, label = is_reverse(path, line), line.fields[0].strip()
-                examples.append(Example(i, start, end, reverse, line.interval.record, label))
+                place = line.interval
+                name = f"{place.record}:{place.start}-{place.end}{'(-)' * reverse}"
+                examples.append(Example(i, start, end, reverse, name, place.record, label))
         return examples
 
     def _split(self, found: dict[str, list[Example]], sources: list[Any]) -> dict[str, list[Example]]:

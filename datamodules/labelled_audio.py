@@ -1,5 +1,6 @@
 """Labelled clips of sound, all of one length, for a classifier."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from .audio import RecordingsDataModule
 from .augmentation import Augmentation
-from .base import Samples
+from .base import IGNORE, Samples
 from .baselines import spectrum_accuracy
 from .order import mix
+from .recording_splits import Places
+from .recordings import Recordings
 from .waveform import Waveform, samples_of, stored
 from .windows import Stretches
 
@@ -24,32 +27,55 @@ class LabelledAudioDataModule(RecordingsDataModule):
     middle. All that varies is off by default, is drawn anew on every pass, and is of training clips alone.
 
     Args:
-        labels: see RecordingsDataModule.
+        labels: see RecordingsDataModule; null for recordings that a model is to label (`mambazoo predict`): these are
+            all of them, whatever valid and test say.
         shift: seconds by which a clip may moreover be moved out of the row, what leaves it being lost.
         speed, equalise, noise, gain, polarity: see augmentation.Augmentation.
+        classes: what a model calls unlabelled recordings; a run that is asked to label them fills this in.
         recordings: see RecordingsDataModule.
     """
 
     def __init__(
         self,
         paths: str | list[str],
-        labels: str,
+        labels: str | None,
         shift: float = 0.0,
         speed: float = 0.0,
         equalise: float = 0.0,
         noise: float | None = None,
         gain: float = 0.0,
         polarity: bool = False,
+        classes: list[str] | None = None,
         **recordings: Any,
     ) -> None:
         if not shift >= 0:
             raise ValueError(f"data.shift: must be 0 seconds or more, not {shift}")
         self.shift = shift
         self.augmentation = Augmentation(speed, equalise, noise, gain, polarity)
+        if (labels is None) == (classes is None):
+            raise ValueError(
+                "data.labels: null leaves nothing to learn or measure, and is for `mambazoo predict RUN`; give folder, "
+                "an expression or a table"
+                if labels is None
+                else "data.classes: are of unlabelled recordings; leave it out, or data.labels=null"
+            )
         super().__init__(paths, labels=labels, **recordings)
+        if classes is not None:
+            self.classes, self.num_classes = classes, len(classes)
+            self.waveform = Waveform(self.waveform.encoding, self.waveform.sample_rate, classes)
+
+    def split(self, recordings: Recordings) -> dict[str, Places]:
+        if self.labels is not None:
+            return super().split(recordings)
+        starts = recordings.starts.tolist()
+        return {"test": list(itertools.pairwise(starts))}
+
+    def names(self) -> list[str]:
+        return self.titles[self.measured]
 
     def read_split(self, split: str, part: Stretches, labels: NDArray[np.int64] | None) -> Samples:
-        assert labels is not None
+        if labels is None:
+            labels = np.full(len(part.starts), IGNORE)
         clips = Clips(part, labels, self.waveform, self.length)
         return Varied(clips, self.augmentation, self.shift, self.seed) if split == "train" else clips
 

@@ -204,11 +204,15 @@ def test(name: str, overrides: list[str]) -> int:
 
 
 def predict(name: str, overrides: list[str]) -> int:
-    """Write what a run's best checkpoint says of each held-out sequence, a JSON object a line."""
-    launch, path = reopen(name, overrides)
+    """Write what a run's best checkpoint says of each held-out sequence, or unlabelled one, a JSON object a line."""
+    launch, path = reopen(name, overrides, unlabelled=True)
     with quiet():
         batches = launch.trainer.predict(launch.model, launch.datamodule, ckpt_path=path, weights_only=True)
-    lines = [json.dumps(row) for rows in batches or [] for row in rows]
+    found = [row for rows in batches or [] for row in rows]
+    if names := launch.datamodule.names():
+        # fewer are read where trainer.limit_predict_batches says so
+        found = [{"name": name, **row} for name, row in zip(names, found, strict=False)]
+    lines = [json.dumps(row) for row in found]
     output = Path(str(launch.trainer.default_root_dir)) / "predictions.jsonl"
     write_whole(output, lambda file: file.write("\n".join([*lines, ""]).encode()))
     print(f"{len(lines)} predictions in {output}")
@@ -324,8 +328,11 @@ def _card(name: str, run: Path, summary: dict[str, Any]) -> str:
     )
 
 
-def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
-    """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is."""
+def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tuple[Launch, Path]:
+    """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is.
+
+    Data that may be unlabelled, and is, has the run's classes.
+    """
     for override in overrides:
         section, _, key = override.partition("=")[0].partition(".")
         watches = section == "callbacks" and key.partition(".")[0] in _WATCHING
@@ -344,6 +351,8 @@ def reopen(name: str, overrides: list[str]) -> tuple[Launch, Path]:
     config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
     config = _as_it_was(config, checkpoint)
     config.pop("name", None)
+    if unlabelled and config["data"].get("labels", "") is None:
+        config["data"]["classes"] = checkpoint.get("hyper_parameters", {}).get("classes")
     if (run / TOKENIZER).is_file() and not any(
         override.startswith("data.tokenizer=") for override in overrides
     ):

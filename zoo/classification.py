@@ -185,10 +185,16 @@ class SequenceClassifier(Task):
         for metric in (self.confusion, self.f1, self.mcc, self.auroc):
             metric.update(p, labels)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float]]:
-        """The probability of every class by its name, for each sequence of a batch."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """For each sequence of a batch the likeliest class, by its name, and the probability of every one."""
         rows = self.predict(batch).float().softmax(-1).tolist()
-        return [dict(zip(self.classes, row, strict=True)) for row in rows]
+        return [
+            {
+                "class": self.classes[row.index(max(row))],
+                "probabilities": dict(zip(self.classes, row, strict=True)),
+            }
+            for row in rows
+        ]
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")

@@ -55,6 +55,8 @@ def test_tables_of_every_kind_are_read(tmp_path: Path) -> None:
     for path in (tsv, tmp_path / "b.tsv.gz", csv):
         data = module(path)
         assert sorted(read(data, "train") + read(data, "val")) == sorted(expected)
+        lines = [int(name.removeprefix(f"{path.name}:")) for name in data.names()]
+        assert [expected[line - 2] for line in lines] == read(data, "val")
     assert read_table(csv).records[0] == 'chr"0'
 
 
@@ -67,6 +69,11 @@ def test_folders_of_classes_are_read(tmp_path: Path) -> None:
     expected = [(label, sequence) for label, _, sequence in rows(60)]
     assert sorted(read(data, "train")) == sorted(row for i, row in enumerate(expected) if i % 5)
     assert sorted(read(data, "val")) == sorted(expected[::5])
+    found = [
+        (name.split("/")[0], expected[int(name.split("/")[1].removesuffix(".txt"))][1])
+        for name in data.names()
+    ]
+    assert found == read(data, "val")
     (tmp_path / "train" / "a" / "bad.txt").write_text("ACGX")
     with pytest.raises(ValueError, match=r"bad\.txt: 'X' is no letter of DNA"):
         module(tmp_path / "train")
@@ -180,6 +187,7 @@ def test_bed_lines_are_labelled(tmp_path: Path) -> None:
     ]
     assert read(data, "train") == expected[:40]
     assert read(data, "val") == expected[40:]
+    assert data.names() == ["two:5-45", "two:100-130(-)"]
     with pytest.raises(ValueError, match=r"data\.genome: must be given"):
         LabelledSequenceDataModule(str(bed))
     for missing in ("nope.fa", "sample:nope"):

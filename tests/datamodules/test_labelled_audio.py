@@ -98,6 +98,18 @@ def test_samples_may_be_floats(folder: Path) -> None:
         assert torch.equal(a["labels"], b["labels"])
 
 
+def test_unlabelled_clips_are_all_read_for_a_model_to_label(folder: Path) -> None:
+    data = module(folder, labels=None, classes=["a", "b", "c"], test="*/1.wav")
+    names = [f"{label}/{take}.wav" for label in ("long", "short") for take in range(6)]
+    assert data.names() == names
+    assert (data.classes, data.num_classes, list(data.samples)) == (["a", "b", "c"], 3, ["test"])
+    rows = torch.cat([batch["inputs"] for batch in data.predict_dataloader()])
+    labelled = module(folder, valid="*/0.wav", test="*/[2-5].wav")
+    assert labelled.names() == [name for name in names if name[-5] not in "01"]
+    held_out = torch.cat([batch["inputs"] for batch in labelled.predict_dataloader()])
+    assert torch.equal(held_out, rows[[names.index(name) for name in labelled.names()]])
+
+
 VARIED = {"shift": 0.01, "speed": 0.2, "equalise": 6.0, "noise": 10.0, "gain": 6.0, "polarity": True}
 
 
@@ -177,6 +189,8 @@ def test_simple_models_are_measured(folder: Path) -> None:
         ({"speed": -0.1}, r"data.speed: must be 0 or more"),
         ({"gain": -1.0}, r"data.gain: must be 0 or more"),
         ({"shift": -1.0}, r"data.shift: must be 0 seconds or more"),
+        ({"labels": None}, r"data.labels: null leaves nothing to learn or measure"),
+        ({"classes": ["a", "b"]}, r"data.classes: are of unlabelled recordings"),
         ({"encoding": "bits"}, r"data.encoding: must be one of mu-law, linear, float"),
     ],
 )

@@ -271,8 +271,15 @@ def test_dna_moves_under_a_classifier(mambazoo: Command, genome_base: Path, labe
     assert code == 0, err
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert rows
-    assert all(list(row) == ["a", "b"] for row in rows)
-    assert [sum(row.values()) for row in rows] == pytest.approx([1] * len(rows), abs=1e-5)
+    text = labelled.read_text().splitlines()
+    for row in rows:
+        file, _, line = row["name"].partition(":")
+        assert file == labelled.name
+        assert text[int(line) - 1]
+        probabilities = row["probabilities"]
+        assert list(probabilities) == ["a", "b"]
+        assert row["class"] == max(probabilities, key=probabilities.get)
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
     code, out, err = mambazoo("predict", str(run), f"data.paths={others}")
     assert code == 2
     assert "classes: the checkpoint has ['a', 'b'], the recipe ['a', 'c']" in err
@@ -409,6 +416,20 @@ def test_a_model_of_sound_hears_what_it_was_trained_on(
     kept = yaml.safe_load(Path("runs/audio/finetune/1/recipe.yaml").read_text())["data"]
     assert (kept["sample_rate"], kept["encoding"]) == (8000, "linear")
     assert "heard heard" not in caplog.text
+    # and labels clips that nobody has labelled, one by its name
+    clip = min(sounds.glob("*/*.flac"))
+    run = Path("runs/audio/finetune/1")
+    code, _, err = mambazoo("predict", str(run), f"data.paths={clip}", "data.labels=null")
+    assert code == 0, err
+    [row] = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert (row["name"], list(row["probabilities"])) == (
+        clip.name,
+        sorted(path.name for path in sounds.iterdir()),
+    )
+    for verb in ("validate", "test"):
+        code, _, err = mambazoo(verb, str(run), f"data.paths={clip}", "data.labels=null")
+        assert code == 2
+        assert "data.labels: null leaves nothing to learn or measure" in err
     code, out, err = mambazoo("finetune", *given, "data.sample_rate=4000")
     assert code == 0
     assert "heard heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err

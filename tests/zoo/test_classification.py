@@ -260,8 +260,10 @@ def test_learns_a_motif_on_either_strand_and_survives_a_checkpoint(tmp_path: Pat
         assert torch.equal(again.predict(held_out), model.predict(held_out))
     rows = again.predict_step(held_out, 0)
     assert len(rows) == 512
-    assert list(rows[0]) == ["0", "1"]
-    assert sum(rows[0].values()) == pytest.approx(1, abs=1e-5)
+    for row, likeliest in zip(rows, model.predict(held_out).argmax(-1).tolist(), strict=True):
+        assert row["class"] == str(likeliest)
+        assert list(row["probabilities"]) == ["0", "1"]
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("backbone", KINDS, ids=str)
