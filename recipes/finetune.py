@@ -14,7 +14,7 @@ from ..checkpoints.io import read, vocabulary_texts
 from ..checkpoints.remote import TOKENIZER
 from ..datamodules.vocab import vocabulary_from_dict
 from ..zoo.config import SIZES
-from ..zoo.finetune import FineTuning, describe, transfer
+from ..zoo.finetune import OF_CLASSES, FineTuning, describe, transfer
 from ..zoo.frontends import padded
 from ..zoo.saving import read_checkpoint
 from .launch import FINETUNE, PRETRAINED, Launch, import_class
@@ -96,12 +96,17 @@ class Start:
             print(f"  {finetuning.mode:12} {describe(launch.model)}", flush=True)
 
     def _weights(self, launch: Launch) -> dict[str, Tensor]:
-        """The pretrained weights, without a classifier of classes that have other names."""
-        here, known = launch.model.hparams.get("classes"), self.stored.vocabulary or {}
-        there = self.stored.arguments.get("classes") or known.get("classes")
+        """The pretrained weights, without what tells classes apart, or makes them, that have other names."""
+        here, there = (
+            arguments.get("classes") or (vocabulary or {}).get("classes")
+            for arguments, vocabulary in (
+                (launch.model.hparams, launch.datamodule.vocabulary),
+                (self.stored.arguments, self.stored.vocabulary),
+            )
+        )
         if not here or not there or here == there:
             return self.stored.weights
-        return {name: w for name, w in self.stored.weights.items() if not name.startswith("classifier.")}
+        return {name: w for name, w in self.stored.weights.items() if not name.startswith(OF_CLASSES)}
 
     def _same_tokens(self, launch: Launch, say: bool) -> list[tuple[int, int]] | None:
         """The pairs of tokens (here, there) that are the same; None where the vocabularies are."""

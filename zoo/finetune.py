@@ -13,6 +13,10 @@ from .norms import statistics
 from .optim import HEADS, depths
 from .values import nearest
 
+# what tells classes apart, and the vectors of those that a model makes
+OF_CLASSES = ("classifier", "classes")
+# what need not be the pretrained model's
+_OWN = (*HEADS, *OF_CLASSES)
 # how many parameters that do not fit are named
 _NAMED = 3
 
@@ -28,7 +32,7 @@ class Transfer(NamedTuple):
 def transfer(
     model: nn.Module, weights: dict[str, Tensor], tokens: list[tuple[int, int]] | None = None
 ) -> Transfer:
-    """Copy another model's weights into a model, by name; what reads the backbone may be new.
+    """Copy another model's weights into a model, by name; what reads the backbone, or says of which class, may be new.
 
     Args:
         model: what gets them.
@@ -60,7 +64,7 @@ def transfer(
             parameter.copy_(given)
             part.loaded.append(parameter)
             continue
-        elif not all(name.startswith(HEADS) for name in called):
+        elif not all(name.startswith(_OWN) for name in called):
             there_is = "is not there" if given is None else f"is {tuple(given.shape)} there"
             part.wrong.append(f"{name} is {tuple(parameter.shape)} here and {there_is}")
         else:
@@ -72,7 +76,7 @@ def transfer(
     known = {name for called in names.values() for name in called} | usual.keys()
     for name in weights.keys() - known:
         part = parts.setdefault(name.partition(".")[0], _Part())
-        if name.startswith(HEADS):
+        if name.startswith(_OWN):
             part.left.append(weights[name])
         else:
             part.wrong.append(f"{name} is {tuple(weights[name].shape)} there and not here")

@@ -1,4 +1,4 @@
-"""Recipes for runs of several ranks, and what they come to when nothing interrupts them."""
+"""The command, and recipes for runs of several ranks with what they come to when nothing interrupts them."""
 
 import os
 import random
@@ -9,8 +9,25 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from mambazoo.recipes.cli import main
 
+from .command import Command, Result
 from .several import ACCELERATOR, STEPS, fit
+
+
+@pytest.fixture
+def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command in the folder of the test, which is empty at first."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as exit_:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Result(exit_.value.code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,37 +16,14 @@ from Bio.Seq import Seq
 from mambazoo.checkpoints.io import save_pretrained
 from mambazoo.datamodules.alphabet import COMPLEMENT, EOS, MASK, SIZE, Nucleotides
 from mambazoo.recipes import score as score_module
-from mambazoo.recipes.cli import main
 from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 
+from .command import Command, Result
+
 HEAD = "##fileformat=VCFv4.3\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
 WINDOW, FLANK = 64, 31
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run the command in the folder of the test."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Result(exit_.value.code, captured.out, captured.err)
-
-    return run
 
 
 def build(**backbone: Any) -> GenomeModel:

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from mambazoo.checkpoints.io import from_pretrained, load, save_pretrained
 from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
 from mambazoo.datamodules.vocab import EOS, Bytes, train_bpe, vocabulary_from_dict
 from mambazoo.datamodules.waveform import Waveform
-from mambazoo.recipes.cli import main
 from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.classification import SequenceClassifier
 from mambazoo.zoo.genomics import GenomeModel
@@ -23,28 +21,14 @@ from mambazoo.zoo.optim import cast
 from mambazoo.zoo.saving import read_checkpoint
 from safetensors.torch import load_file
 
+from .command import Command
+
 BACKBONE = {"d_model": 16, "n_layers": 2}
 SMALL = (
     "data.length=32", "data.batch_size=2", "trainer.accelerator=cpu", "trainer.max_steps=6",
     "trainer.val_check_interval=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
     "model.optimizer.lr=0.01", "model.optimizer.warmup_steps=0",
 )  # fmt: skip
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run the command in an empty folder; return its code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -440,3 +424,28 @@ def test_a_model_of_sound_hears_what_it_was_trained_on(
     code, out, err = mambazoo("check", *given, "data.sample_rate=4000")
     assert code == 0, err
     assert "raw heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [(["high", "low"], "loaded"), (["low", "high"], "new"), (["one", "two", "three"], "new")],
+)
+def test_a_model_that_speaks_by_class_starts_anew_with_other_classes(
+    mambazoo: Command, sounds: Path, tmp_path: Path, classes: list[str], said: str
+) -> None:
+    speaker = WaveformModel({"d_model": 16, "n_layers": 1}, num_classes=len(classes))
+    save_pretrained(speaker, Waveform("mu-law", 8000, classes).to_dict(), tmp_path / "speaks")
+    recipe = {
+        "extends": "trainer/finetune",
+        "model": {"class_path": "mambazoo.zoo.audio.WaveformModel"},
+        "data": {
+            "class_path": "mambazoo.datamodules.audio.AudioDataModule",
+            "paths": str(sounds),
+            "labels": "folder",
+        },
+    }
+    (tmp_path / "speak.yaml").write_text("# To speak by class.\n" + yaml.safe_dump(recipe))
+    code, out, err = mambazoo("finetune", "speak.yaml", "model.pretrained=speaks", *SMALL)
+    assert code == 0, err
+    assert f"  classes      {said} 1 tensor, 32 parameters" in out
+    assert from_pretrained(Path("runs/speak/1")).hparams["num_classes"] == 2

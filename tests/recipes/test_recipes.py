@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,14 @@ from mambazoo.zoo.genomics import GenomeModel
 from mambazoo.zoo.language import LanguageModel
 from mambazoo.zoo.synthetic import SyntheticTask
 
+from .command import Command
+
 TINY = Path(__file__).resolve().parents[1] / "tiny.yaml"
 RECIPES = [recipe for recipe in packaged() if recipe.runs]
 FRAGMENTS = [recipe for recipe in packaged() if not recipe.runs]
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Command = Callable[..., Result]
 Small = dict[str, dict[str, Any]]
-
-
-@pytest.fixture
-def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run the command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Result(exit_.value.code, captured.out, captured.err)
-
-    return run
 
 
 def verb(recipe: Recipe) -> str:
