@@ -91,8 +91,7 @@ class RecordingsDataModule(DataModule):
         self.vocab_size = self.waveform.size
         self.files = RecordingFiles(sources, sample_rate, trim_silence, normalise)
         self.parts: dict[str, Stretches] = {}
-        # of each split, the name of each recording and its class
-        self.titles: dict[str, list[str]] = {}
+        # of each split, the class of each recording
         self.numbers: dict[str, NDArray[np.int64]] = {}
         self.counts: dict[str, list[int]] = {}
         self.majority: dict[str, float] = {}
@@ -103,7 +102,7 @@ class RecordingsDataModule(DataModule):
 
     def describe(self) -> str:
         count, rate = len(self.files.sources), self.waveform.sample_rate
-        classes = f" of {self.num_classes} classes" if self.classes else ""
+        classes = f" of {self.num_classes} classes" if self.labels is not None else ""
         return (
             f"{count} recording{'s' * (count > 1)}{classes} in {self.files.size() / 1e6:.1f} MB, "
             f"{self.waveform.encoding} at {rate} Hz, batches of {self.batch_size} x {self.length} samples"
@@ -119,10 +118,9 @@ class RecordingsDataModule(DataModule):
         for split, found in self.split(recordings).items():
             self.parts[split] = part = Stretches(recordings.samples, found)
             seconds = int(part.sizes.sum()) / self.waveform.sample_rate
-            of = np.searchsorted(recordings.starts, part.starts, side="right") - 1
-            self.titles[split] = names = [recordings.names[i] for i in of]
             labels, balance = None, ""
             if self.labels is not None:
+                names = recordings.names_at(part.starts)
                 labels = np.array([self.classes.index(self.labels[name]) for name in names])
                 self.numbers[split] = labels
                 self.counts[split], self.majority[split], words = count_classes(labels, self.classes)

@@ -76,8 +76,8 @@ class DataModule(L.LightningDataModule):
         return f"batches of {self.batch_size}"
 
     @property
-    def measured(self) -> str:
-        """The split that is tested and predicted: the test split, or validation where there is none."""
+    def tested(self) -> str:
+        """The split that is tested and predicted: "test", or "val" where there is none."""
         return "test" if "test" in self.samples else "val"
 
     def names(self) -> list[str] | None:
@@ -111,7 +111,7 @@ class DataModule(L.LightningDataModule):
         return self._held_out("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._held_out(self.measured)
+        return self._held_out(self.tested)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.test_dataloader()

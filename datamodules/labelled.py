@@ -44,11 +44,11 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table in memory: all sequences as stored bytes, where each starts (rows + 1,), and their labels."""
+    """The rows of a table in memory: all sequences as stored bytes, where each starts (rows + 1,), and what it is."""
 
     sequence: NDArray[np.uint8]
     starts: list[int]
-    # by file and line, or file in a folder
+    # file and line, or the file that it has for itself
     names: list[str]
     labels: list[str]
     # empty where the table names none
@@ -85,7 +85,7 @@ def read_table(path: Path, label: str = "label") -> Table:
         piece = _stored(cells[at].encode("utf-8"), f"{path}, line {number}")
         pieces.append(piece)
         starts.append(starts[-1] + len(piece))
-        names.append(f"{path.name}:{number}")
+        names.append(f"{path}:{number}")
         labels.append(cells[of].strip())
         records.append("" if chrom is None else cells[chrom].strip())
     if not labels:
@@ -103,7 +103,7 @@ def read_classes(folder: Path) -> Table:
     for path in sorted(folder.glob(_IN_CLASSES)):
         pieces.append(_stored(path.read_bytes(), str(path)))
         starts.append(starts[-1] + len(pieces[-1]))
-        names.append(str(path.relative_to(folder)))
+        names.append(str(path))
         labels.append(path.parent.name)
     return Table(np.frombuffer(b"".join(pieces), dtype=np.uint8), starts, names, labels, [""] * len(labels))
 
@@ -268,7 +268,7 @@ class LabelledSequenceDataModule(DataModule):
         self._warn_of_leaks(splits, sources)
 
     def names(self) -> list[str]:
-        samples = self.samples[self.measured]
+        samples = self.samples[self.tested]
         assert isinstance(samples, LabelledSequences)
         return samples.names
 

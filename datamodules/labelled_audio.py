@@ -1,6 +1,5 @@
 """Labelled clips of sound, all of one length, for a classifier."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,8 +53,8 @@ class LabelledAudioDataModule(RecordingsDataModule):
         self.augmentation = Augmentation(speed, equalise, noise, gain, polarity)
         if (labels is None) == (classes is None):
             raise ValueError(
-                "data.labels: null leaves nothing to learn or measure, and is for `mambazoo predict RUN`; give folder, "
-                "an expression or a table"
+                "data.labels: must be given to learn or measure: folder, an expression or a table; null is for "
+                "`mambazoo predict RUN`"
                 if labels is None
                 else "data.classes: are of unlabelled recordings; leave it out, or data.labels=null"
             )
@@ -67,11 +66,10 @@ class LabelledAudioDataModule(RecordingsDataModule):
     def split(self, recordings: Recordings) -> dict[str, Places]:
         if self.labels is not None:
             return super().split(recordings)
-        starts = recordings.starts.tolist()
-        return {"test": list(itertools.pairwise(starts))}
+        return {"test": recordings.places}
 
     def names(self) -> list[str]:
-        return self.titles[self.measured]
+        return self.files.open().names_at(self.parts[self.tested].starts)
 
     def read_split(self, split: str, part: Stretches, labels: NDArray[np.int64] | None) -> Samples:
         if labels is None:

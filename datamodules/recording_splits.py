@@ -56,7 +56,7 @@ def split_recordings(
     held = {i for split, indices in named.items() if split != "train" for i in indices}
     rest = [i for i in named.get("train", range(len(recordings))) if i not in held]
     fractions = {split: given for split, given in chosen.items() if isinstance(given, float | int)}
-    bounds = list(zip(recordings.starts.tolist(), recordings.starts[1:].tolist(), strict=False))
+    bounds = recordings.places
     if by_time:
         # equal recordings are cut at the same place
         groups = {"train": rest}

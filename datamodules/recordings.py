@@ -108,6 +108,15 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """From where to where each recording is among all samples."""
+        return list(itertools.pairwise(self.starts.tolist()))
+
+    def names_at(self, samples: NDArray[np.int64]) -> list[str]:
+        """The name of the recording that each of some samples is in."""
+        return [self.names[i] for i in np.searchsorted(self.starts, samples, side="right") - 1]
+
 
 @dataclass(frozen=True)
 class RecordingFiles:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..checkpoints.io import read, vocabulary_texts
 from ..checkpoints.remote import TOKENIZER
 from ..datamodules.vocab import vocabulary_from_dict
 from ..zoo.config import SIZES
-from ..zoo.finetune import OF_CLASSES, FineTuning, describe, transfer
+from ..zoo.finetune import FineTuning, describe, transfer
 from ..zoo.frontends import padded
 from ..zoo.saving import read_checkpoint
 from .launch import FINETUNE, PRETRAINED, Launch, import_class
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _OF_SHAPE = ("tie_embeddings", "patch", "filters")
 # what makes a code of sound what it is
 _OF_SOUND = ("sample_rate", "encoding")
+# what tells classes apart, and the vectors of those that a generator makes
+_OF_CLASSES = ("classifier.", "classes.")
 
 
 class Start:
@@ -58,17 +61,17 @@ class Start:
         model, data, arguments = dict(config["model"]), dict(config.get("data") or {}), self.stored.arguments
         model["backbone"] = complete_backbone(model.get("backbone") or {}, arguments.get("backbone", {}))
         for key in _OF_SHAPE:
-            if key in arguments and _takes(model, key):
+            if key in arguments and takes(model, key):
                 model.setdefault(key, arguments[key])
         vocabulary = self.stored.vocabulary
         of_text = vocabulary is not None and vocabulary["kind"] in ("bytes", "subwords")
-        if vocabulary and of_text and "tokenizer" not in data and _takes(data, "tokenizer"):
+        if vocabulary and of_text and "tokenizer" not in data and takes(data, "tokenizer"):
             data["tokenizer"] = vocabulary["kind"]
             for name, text in vocabulary_texts(vocabulary, {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
                 data["tokenizer"] = str(folder / TOKENIZER)
         if vocabulary and vocabulary["kind"] == "waveform":
-            data |= {key: vocabulary[key] for key in _OF_SOUND if key not in data and _takes(data, key)}
+            data |= {key: vocabulary[key] for key in _OF_SOUND if key not in data and takes(data, key)}
         model[PRETRAINED] = place
         return {**config, "model": model, "data": data, FINETUNE: dict(config.get(FINETUNE) or {})}
 
@@ -96,17 +99,12 @@ class Start:
             print(f"  {finetuning.mode:12} {describe(launch.model)}", flush=True)
 
     def _weights(self, launch: Launch) -> dict[str, Tensor]:
-        """The pretrained weights, without what tells classes apart, or makes them, that have other names."""
-        here, there = (
-            arguments.get("classes") or (vocabulary or {}).get("classes")
-            for arguments, vocabulary in (
-                (launch.model.hparams, launch.datamodule.vocabulary),
-                (self.stored.arguments, self.stored.vocabulary),
-            )
-        )
+        """The pretrained weights, without those of classes where these have other names here."""
+        here = class_names(launch.model.hparams, launch.datamodule.vocabulary)
+        there = class_names(self.stored.arguments, self.stored.vocabulary)
         if not here or not there or here == there:
             return self.stored.weights
-        return {name: w for name, w in self.stored.weights.items() if not name.startswith(OF_CLASSES)}
+        return {name: w for name, w in self.stored.weights.items() if not name.startswith(_OF_CLASSES)}
 
     def _same_tokens(self, launch: Launch, say: bool) -> list[tuple[int, int]] | None:
         """The pairs of tokens (here, there) that are the same; None where the vocabularies are."""
@@ -175,7 +173,12 @@ def _names(vocabulary: dict[str, Any], size: int) -> list[bytes]:
     return [b""] * size if vocabulary["kind"] == "waveform" else vocabulary_from_dict(vocabulary).names()
 
 
-def _takes(section: dict[str, Any], argument: str) -> bool:
+def class_names(arguments: Mapping[str, Any], vocabulary: dict[str, Any] | None) -> list[str] | None:
+    """What a model calls its classes, by its arguments or, as a generator and older models of sound, its vocabulary."""
+    return arguments.get("classes") or (vocabulary or {}).get("classes") or None
+
+
+def takes(section: dict[str, Any], argument: str) -> bool:
     """Whether the class of a section, or one that it hands arguments on to, has such an argument."""
     try:
         kinds = import_class(str(section.get("class_path"))).__mro__

@@ -19,11 +19,13 @@ from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_c
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
 from .find import SECTIONS, TESTED, Recipe, compose, find, flat, latest_run
-from .finetune import Start, complete_backbone, save_adapter
+from .finetune import Start, class_names, complete_backbone, save_adapter, takes
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first, starter
 from .runs import draw, environment, make_run, record, summarise, surroundings
 
+# how a run is measured: every sample once, and in order
+_ALONE = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
 # what of the model a resumed run may change: it is no part of any state
 _FREE = ("model.optimizer.anomaly", "model.optimizer.spike")
 # the callbacks that a run without training needs, and the sections of a recipe that it reads anew
@@ -205,13 +207,19 @@ def test(name: str, overrides: list[str]) -> int:
 
 def predict(name: str, overrides: list[str]) -> int:
     """Write what a run's best checkpoint says of each held-out sequence, or unlabelled one, a JSON object a line."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in _ALONE:
+            raise ValueError(
+                f"{key}: predictions are written by one process, in the order of the data; leave it out"
+            )
     launch, path = reopen(name, overrides, unlabelled=True)
     with quiet():
         batches = launch.trainer.predict(launch.model, launch.datamodule, ckpt_path=path, weights_only=True)
     found = [row for rows in batches or [] for row in rows]
     if names := launch.datamodule.names():
         # fewer are read where trainer.limit_predict_batches says so
-        found = [{"name": name, **row} for name, row in zip(names, found, strict=False)]
+        found = [{"name": name, **row} for name, row in zip(names[: len(found)], found, strict=True)]
     lines = [json.dumps(row) for row in found]
     output = Path(str(launch.trainer.default_root_dir)) / "predictions.jsonl"
     write_whole(output, lambda file: file.write("\n".join([*lines, ""]).encode()))
@@ -235,7 +243,7 @@ def baseline(name: str, overrides: list[str]) -> int:
     return 0
 
 
-def _prepare(launch: Launch) -> None:
+def _prepare(launch: Launch, *, unlabelled: bool = False) -> None:
     """Read the data before anything else: what is wrong with it is said before a run exists."""
     if is_first():
         logging.getLogger("mambazoo").setLevel(logging.INFO)
@@ -244,6 +252,10 @@ def _prepare(launch: Launch) -> None:
     # on another machine there is another cache
     data.prepare_data()
     data.setup("fit")
+    if not unlabelled and "train" not in data.samples:
+        raise ValueError(
+            "data.labels: null leaves nothing to learn or measure; give folder, an expression or a table"
+        )
 
 
 def _train(
@@ -332,6 +344,9 @@ def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tupl
     """A run, built again to look at its best checkpoint, or at the .ckpt file of it that `name` is.
 
     Data that may be unlabelled, and is, has the run's classes.
+
+    Raises:
+        ValueError: when it is no run, or of another model, or its data are not what can be measured.
     """
     for override in overrides:
         section, _, key = override.partition("=")[0].partition(".")
@@ -347,12 +362,12 @@ def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tupl
         path = best if best.exists() else newest_checkpoint(run / "checkpoints")[0]
     checkpoint = read_checkpoint(path)
     # one process sees every sample once, and in order
-    alone = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"]
+    alone = [f"{key}={value}" for key, value in _ALONE.items()]
     config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
     config = _as_it_was(config, checkpoint)
     config.pop("name", None)
-    if unlabelled and config["data"].get("labels", "") is None:
-        config["data"]["classes"] = checkpoint.get("hyper_parameters", {}).get("classes")
+    if unlabelled := unlabelled and takes(config["data"], "classes"):
+        _name_classes(config["data"], checkpoint)
     if (run / TOKENIZER).is_file() and not any(
         override.startswith("data.tokenizer=") for override in overrides
     ):
@@ -360,10 +375,23 @@ def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tupl
         config["data"]["tokenizer"] = str(run / TOKENIZER)
     config["loggers"] = {}
     config["callbacks"] = {key: value for key, value in config["callbacks"].items() if key in _WATCHING}
-    launch = launched(config)
-    _prepare(launch)
+    try:
+        launch = launched(config)
+    except ValueError as error:
+        hint = "\nfor recordings that nobody has labelled write data.labels=null"
+        raise ValueError(f"{error}{hint if unlabelled and 'label' in str(error) else ''}") from None
+    _prepare(launch, unlabelled=unlabelled)
     _must_fit(launch, checkpoint)
     return launch, path
+
+
+def _name_classes(data: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Give data without labels what a checkpoint's model calls its classes."""
+    if data.get("labels") is not None:
+        return
+    arguments = checkpoint.get("hyper_parameters", {})
+    kept = checkpoint.get(str(data["class_path"]).rpartition(".")[2], {})
+    data["classes"] = class_names(arguments, kept.get("vocabulary"))
 
 
 def _as_it_was(config: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:

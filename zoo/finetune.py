@@ -13,10 +13,8 @@ from .norms import statistics
 from .optim import HEADS, depths
 from .values import nearest
 
-# what tells classes apart, and the vectors of those that a model makes
-OF_CLASSES = ("classifier", "classes")
-# what need not be the pretrained model's
-_OWN = (*HEADS, *OF_CLASSES)
+# what need not be the pretrained model's: what reads the backbone, and the vectors of classes that it starts with
+_OWN = (*HEADS, "classes")
 # how many parameters that do not fit are named
 _NAMED = 3
 
@@ -32,7 +30,7 @@ class Transfer(NamedTuple):
 def transfer(
     model: nn.Module, weights: dict[str, Tensor], tokens: list[tuple[int, int]] | None = None
 ) -> Transfer:
-    """Copy another model's weights into a model, by name; what reads the backbone, or says of which class, may be new.
+    """Copy another model's weights into a model, by name; what reads the backbone, and vectors of classes, may be new.
 
     Args:
         model: what gets them.

@@ -189,7 +189,7 @@ def test_simple_models_are_measured(folder: Path) -> None:
         ({"speed": -0.1}, r"data.speed: must be 0 or more"),
         ({"gain": -1.0}, r"data.gain: must be 0 or more"),
         ({"shift": -1.0}, r"data.shift: must be 0 seconds or more"),
-        ({"labels": None}, r"data.labels: null leaves nothing to learn or measure"),
+        ({"labels": None}, r"data.labels: must be given to learn or measure"),
         ({"classes": ["a", "b"]}, r"data.classes: are of unlabelled recordings"),
         ({"encoding": "bits"}, r"data.encoding: must be one of mu-law, linear, float"),
     ],

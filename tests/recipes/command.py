@@ -1,4 +1,4 @@
-"""What running the command comes to."""
+"""The command in this process: what running it comes to, and what makes a run of it small."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,3 +11,9 @@ class Result(NamedTuple):
 
 
 Command = Callable[..., Result]
+
+SMALL = (
+    "data.length=32", "data.batch_size=2", "trainer.accelerator=cpu", "trainer.max_steps=6",
+    "trainer.val_check_interval=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
+    "model.optimizer.lr=0.01", "model.optimizer.warmup_steps=0",
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """The command, and recipes for runs of several ranks with what they come to when nothing interrupts them."""
 
+import logging
 import os
 import random
 from multiprocessing import forkserver
@@ -16,9 +17,16 @@ from .several import ACCELERATOR, STEPS, fit
 
 
 @pytest.fixture
-def mambazoo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def mambazoo(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> Command:
     """Run the command in the folder of the test, which is empty at first."""
     monkeypatch.chdir(tmp_path)
+    # what a command says of its data is not said in the tests after it
+    caplog.set_level(logging.getLogger("mambazoo").level, "mambazoo")
 
     def run(*arguments: str) -> Result:
         with pytest.raises(SystemExit) as exit_:

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from mambazoo.checkpoints.io import from_pretrained, load, save_pretrained
-from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE
+from mambazoo.datamodules.alphabet import COMPLEMENT, SIZE, stored, tokens_of
 from mambazoo.datamodules.vocab import EOS, Bytes, train_bpe, vocabulary_from_dict
 from mambazoo.datamodules.waveform import Waveform
 from mambazoo.zoo.audio import WaveformModel
@@ -21,14 +22,9 @@ from mambazoo.zoo.optim import cast
 from mambazoo.zoo.saving import read_checkpoint
 from safetensors.torch import load_file
 
-from .command import Command
+from .command import SMALL, Command
 
 BACKBONE = {"d_model": 16, "n_layers": 2}
-SMALL = (
-    "data.length=32", "data.batch_size=2", "trainer.accelerator=cpu", "trainer.max_steps=6",
-    "trainer.val_check_interval=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
-    "model.optimizer.lr=0.01", "model.optimizer.warmup_steps=0",
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -256,14 +252,25 @@ def test_dna_moves_under_a_classifier(mambazoo: Command, genome_base: Path, labe
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert rows
     text = labelled.read_text().splitlines()
+    classifier = from_pretrained(run)
+    assert isinstance(classifier, SequenceClassifier)
     for row in rows:
-        file, _, line = row["name"].partition(":")
-        assert file == labelled.name
-        assert text[int(line) - 1]
+        file, _, line = row["name"].rpartition(":")
+        assert file == str(labelled)
+        sequence = text[int(line) - 1].split("\t")[0]
+        start = max(0, len(sequence) - 32) // 2
+        tokens = tokens_of(np.frombuffer(stored(sequence[start : start + 32].encode()), dtype=np.uint8))
+        with torch.no_grad():
+            expected = classifier(torch.from_numpy(tokens)[None].long())[0].softmax(-1)
         probabilities = row["probabilities"]
         assert list(probabilities) == ["a", "b"]
+        assert list(probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
         assert row["class"] == max(probabilities, key=probabilities.get)
-        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+    code, out, err = mambazoo("predict", str(run), "trainer.limit_predict_batches=1")
+    assert code == 0, err
+    assert [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()] == rows[:2]
+    code, out, err = mambazoo("predict", str(run), "trainer.devices=2")
+    assert (code, "trainer.devices: predictions are written by one process" in err) == (2, True)
     code, out, err = mambazoo("predict", str(run), f"data.paths={others}")
     assert code == 2
     assert "classes: the checkpoint has ['a', 'b'], the recipe ['a', 'c']" in err
@@ -387,65 +394,3 @@ def test_export_and_import_are_each_others_inverse(mambazoo: Command, base: Path
     ):
         code, _, err = mambazoo("export", str(base), "--output", output)
         assert (code, message in err) == (2, True), err
-
-
-def test_a_model_of_sound_hears_what_it_was_trained_on(
-    mambazoo: Command, sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    save_pretrained(
-        WaveformModel({"d_model": 16, "n_layers": 1}), Waveform("linear", 8000).to_dict(), tmp_path / "heard"
-    )
-    given = ("audio/finetune", "model.pretrained=heard", f"data.paths={sounds}", "data.length=256", *SMALL)
-    assert mambazoo("finetune", *given)[0] == 0
-    kept = yaml.safe_load(Path("runs/audio/finetune/1/recipe.yaml").read_text())["data"]
-    assert (kept["sample_rate"], kept["encoding"]) == (8000, "linear")
-    assert "heard heard" not in caplog.text
-    # and labels clips that nobody has labelled, one by its name
-    clip = min(sounds.glob("*/*.flac"))
-    run = Path("runs/audio/finetune/1")
-    code, _, err = mambazoo("predict", str(run), f"data.paths={clip}", "data.labels=null")
-    assert code == 0, err
-    [row] = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    assert (row["name"], list(row["probabilities"])) == (
-        clip.name,
-        sorted(path.name for path in sounds.iterdir()),
-    )
-    for verb in ("validate", "test"):
-        code, _, err = mambazoo(verb, str(run), f"data.paths={clip}", "data.labels=null")
-        assert code == 2
-        assert "data.labels: null leaves nothing to learn or measure" in err
-    code, out, err = mambazoo("finetune", *given, "data.sample_rate=4000")
-    assert code == 0
-    assert "heard heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err
-    # a model of samples has no vocabulary to compare
-    classifier = SequenceClassifier({"d_model": 16, "n_layers": 1}, None, 2, patch=8)
-    save_pretrained(classifier, Waveform("float", 8000).to_dict(), tmp_path / "raw")
-    given = ("audio/finetune", "model.pretrained=raw", *given[2:])
-    code, out, err = mambazoo("check", *given, "data.sample_rate=4000")
-    assert code == 0, err
-    assert "raw heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err
-
-
-@pytest.mark.parametrize(
-    ("classes", "said"),
-    [(["high", "low"], "loaded"), (["low", "high"], "new"), (["one", "two", "three"], "new")],
-)
-def test_a_model_that_speaks_by_class_starts_anew_with_other_classes(
-    mambazoo: Command, sounds: Path, tmp_path: Path, classes: list[str], said: str
-) -> None:
-    speaker = WaveformModel({"d_model": 16, "n_layers": 1}, num_classes=len(classes))
-    save_pretrained(speaker, Waveform("mu-law", 8000, classes).to_dict(), tmp_path / "speaks")
-    recipe = {
-        "extends": "trainer/finetune",
-        "model": {"class_path": "mambazoo.zoo.audio.WaveformModel"},
-        "data": {
-            "class_path": "mambazoo.datamodules.audio.AudioDataModule",
-            "paths": str(sounds),
-            "labels": "folder",
-        },
-    }
-    (tmp_path / "speak.yaml").write_text("# To speak by class.\n" + yaml.safe_dump(recipe))
-    code, out, err = mambazoo("finetune", "speak.yaml", "model.pretrained=speaks", *SMALL)
-    assert code == 0, err
-    assert f"  classes      {said} 1 tensor, 32 parameters" in out
-    assert from_pretrained(Path("runs/speak/1")).hparams["num_classes"] == 2
