@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
+from mambazoo.recipes.cli import main
+
 
 class Result(NamedTuple):
     code: int
@@ -11,6 +14,15 @@ class Result(NamedTuple):
 
 
 Command = Callable[..., Result]
+
+
+def call(*arguments: object) -> int:
+    """Run the command in this process; return its code."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
 
 SMALL = (
     "data.length=32", "data.batch_size=2", "trainer.accelerator=cpu", "trainer.max_steps=6",

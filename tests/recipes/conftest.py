@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from mambazoo.recipes.cli import main
 
-from .command import Command, Result
+from .command import Command, Result, call
 from .several import ACCELERATOR, STEPS, fit
 
 
@@ -29,11 +28,8 @@ def mambazoo(
     caplog.set_level(logging.getLogger("mambazoo").level, "mambazoo")
 
     def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Result(exit_.value.code, captured.out, captured.err)
+        code, captured = call(*arguments), capsys.readouterr()
+        return Result(code, captured.out, captured.err)
 
     return run
 

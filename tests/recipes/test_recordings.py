@@ -10,10 +10,11 @@ import soundfile
 import torch
 from mambazoo.checkpoints.io import save_pretrained
 from mambazoo.datamodules.waveform import Waveform
-from mambazoo.recipes.cli import main
 from mambazoo.recipes.recordings import draw, spectrogram
 from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.language import LanguageModel
+
+from .command import call
 
 RATE = 8000
 UNET: dict[str, Any] = {"d_model": 8, "n_layers": 1, "pool": [2, 3], "pattern": "s4d", "s4d": {"d_state": 4}}
@@ -45,19 +46,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def generate(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main(["generate", *map(str, arguments)])
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
 def names(folder: str = "recordings") -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
 def test_recordings_are_written_with_pictures(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate(model, "--seconds", 0.05, "--number", 2, "--seed", 3) == 0
+    assert call("generate", model, "--seconds", 0.05, "--number", 2, "--seed", 3) == 0
     assert names() == ["recording-3.png", "recording-3.wav", "recording-4.png", "recording-4.wav"]
     first, rate = soundfile.read("recordings/recording-3.wav")
     second, _ = soundfile.read("recordings/recording-4.wav")
@@ -66,7 +60,7 @@ def test_recordings_are_written_with_pictures(model: Path, capsys: pytest.Captur
     assert not np.array_equal(first, second)
     assert "recordings/recording-3.wav" in capsys.readouterr().out
     # alone as in company
-    assert generate(model, "--seconds", 0.05, "--seed", 4, "--output", "again") == 0
+    assert call("generate", model, "--seconds", 0.05, "--seed", 4, "--output", "again") == 0
     assert np.array_equal(soundfile.read("again/recording-4.wav")[0], second)
 
 
@@ -74,7 +68,7 @@ def test_a_prompt_of_another_rate_and_in_stereo_is_gone_on_with(model: Path) -> 
     t = np.arange(1600) / 16000
     tone = 0.5 * np.sin(2 * np.pi * 440 * t)
     soundfile.write("tone.wav", np.stack([tone, tone], 1), 16000)
-    assert generate(model, "--seconds", 0.01, "--number", 2, "--prompt", "tone.wav") == 0
+    assert call("generate", model, "--seconds", 0.01, "--number", 2, "--prompt", "tone.wav") == 0
     assert [name for name in names() if name.endswith(".wav")] == ["tone-0.wav", "tone-1.wav"]
     first, second = (soundfile.read(f"recordings/tone-{i}.wav")[0] for i in range(2))
     assert len(first) == 800 + 80
@@ -90,7 +84,7 @@ def test_what_follows_a_prompt_is_the_models_own(model: Path) -> None:
     sound, loaded = Waveform("mu-law", RATE), from_pretrained(model)
     codes = np.random.default_rng(0).integers(0, 256, 101).astype(np.uint8)
     soundfile.write("noise.wav", sound.decode(codes), RATE, subtype="FLOAT")
-    assert generate(model, "--seconds", 0.005, "--temperature", 0, "--prompt", "noise.wav") == 0
+    assert call("generate", model, "--seconds", 0.005, "--temperature", 0, "--prompt", "noise.wav") == 0
     written = sound.encode(soundfile.read("recordings/noise-0.wav", dtype="float32")[0])
     history = [int(sound.silence), *codes.tolist()]
     with torch.no_grad():
@@ -103,17 +97,17 @@ def test_what_follows_a_prompt_is_the_models_own(model: Path) -> None:
 def test_classes_are_asked_for_by_name_or_come_in_turn(
     classes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(classes, "--seconds", 0.02, "--number", 3, "--output", "turns") == 0
+    assert call("generate", classes, "--seconds", 0.02, "--number", 3, "--output", "turns") == 0
     assert [name for name in names("turns") if name.endswith(".wav")] == [
         "one-0.wav",
         "one-2.wav",
         "two-1.wav",
     ]
-    assert generate(classes, "--seconds", 0.02, "--number", 2, "--label", "two") == 0
+    assert call("generate", classes, "--seconds", 0.02, "--number", 2, "--label", "two") == 0
     assert [name for name in names() if name.endswith(".wav")] == ["two-0.wav", "two-1.wav"]
     again, turn = (soundfile.read(f"{folder}/two-1.wav")[0] for folder in ("recordings", "turns"))
     assert np.array_equal(again, turn)
-    assert generate(classes, "--label", "tow") == 2
+    assert call("generate", classes, "--label", "tow") == 2
     assert "--label: 'tow' is none of one, two, did you mean 'two'?" in capsys.readouterr().err
 
 
@@ -144,7 +138,7 @@ def test_mistakes_are_explained(
     Path("b").mkdir()
     for path in ("a.wav", "b/a.wav"):
         soundfile.write(path, np.zeros(100), RATE)
-    assert generate(model, *arguments) == 2
+    assert call("generate", model, *arguments) == 2
     captured = capsys.readouterr().err
     assert message in captured
     assert len(captured.splitlines()) == 1
@@ -153,10 +147,10 @@ def test_mistakes_are_explained(
 
 def test_a_model_of_text_still_writes_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_pretrained(LanguageModel({"d_model": 8, "n_layers": 1}, 257), {"kind": "bytes"}, tmp_path / "text")
-    assert generate(tmp_path / "text", "--prompt", "abc", "--max-new-tokens", 3) == 0
+    assert call("generate", tmp_path / "text", "--prompt", "abc", "--max-new-tokens", 3) == 0
     assert capsys.readouterr().out.startswith("abc")
     for flag in ("--seconds", "--label"):
-        assert generate(tmp_path / "text", flag, "1") == 2
+        assert call("generate", tmp_path / "text", flag, "1") == 2
         message = (
             f"{flag}: means nothing to {tmp_path / 'text'}, which writes letters; it takes --max-new-tokens"
         )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mambazoo.recipes.cli import main
+
+from .command import call
 
 
 def recipe(folder: Path, model: dict[str, object], data: dict[str, object]) -> Path:
@@ -32,15 +33,8 @@ def classes(sounds: Path) -> Path:
     return recipe(sounds.parent, {"class_path": "mambazoo.zoo.classification.SequenceClassifier"}, data)
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
 def test_check_says_what_there_is_to_hear(waveforms: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("check", waveforms) == 0
+    assert call("check", waveforms) == 0
     assert (
         "AudioDataModule, 12 recordings in 0.0 MB, mu-law at 8000 Hz, batches of 4 x 200 samples"
         in capsys.readouterr().out
@@ -64,7 +58,7 @@ def test_check_says_what_there_is_to_hear(waveforms: Path, capsys: pytest.Captur
 def test_check_says_what_is_wrong(
     classes: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], problems: list[str]
 ) -> None:
-    assert run("check", classes, *overrides) == (2 if problems else 0)
+    assert call("check", classes, *overrides) == (2 if problems else 0)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(problems)
     for line, problem in zip(lines, problems, strict=True):
@@ -75,7 +69,7 @@ def test_simple_models_are_measured(
     waveforms: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(waveforms.parent)
-    assert run("baseline", waveforms) == 0
+    assert call("baseline", waveforms) == 0
     bits = {
         line.split(maxsplit=1)[1]: float(line.split()[0]) for line in capsys.readouterr().out.splitlines()
     }
@@ -88,5 +82,5 @@ def test_batches_train(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("fit", request.getfixturevalue(kind)) == 0
+    assert call("fit", request.getfixturevalue(kind)) == 0
     assert (tmp_path / "runs" / "sound" / "1" / "summary.json").is_file()

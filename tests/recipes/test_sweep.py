@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import yaml
 from mambazoo.recipes import results, sweep
-from mambazoo.recipes.cli import main
 from mambazoo.recipes.find import compose, find
 from PIL import Image
+
+from .command import call
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., tuple[int, str, str]]
@@ -26,19 +27,12 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = leave(*arguments)
+        code = call(*arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    monkeypatch.setattr(sweep._Stopping, "run", lambda self, arguments: leave(*arguments))
+    monkeypatch.setattr(sweep._Stopping, "run", lambda self, arguments: call(*arguments))
     return run
-
-
-def leave(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main(list(arguments))
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
 
 
 @pytest.fixture
@@ -99,7 +93,7 @@ def test_a_sweep_goes_on_where_it_stopped(
     (interrupted / "summary.json").unlink()
     started: list[str] = []
     monkeypatch.setattr(
-        sweep._Stopping, "run", lambda self, arguments: started.append(arguments[0]) or leave(*arguments)
+        sweep._Stopping, "run", lambda self, arguments: started.append(arguments[0]) or call(*arguments)
     )
     code, out, _ = command("sweep", recipe, "--over", "model.backbone.pattern=mamba", "--seeds", "2")
     assert (code, started) == (0, ["resume"])
