@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +14,16 @@ from mambazoo.recipes import results, sweep
 from mambazoo.recipes.find import compose, find
 from PIL import Image
 
-from .command import call
+from .command import Command, call
 
 ROOT = Path(__file__).resolve().parents[2]
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(mambazoo: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run the command in an empty folder, and what it would start as processes in this one."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = call(*arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
     monkeypatch.setattr(sweep._Stopping, "run", lambda self, arguments: call(*arguments))
-    return run
+    return mambazoo
 
 
 @pytest.fixture
