@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # recorded values and real corpora; tests that need them skip where they are not
 DATA = Path(os.environ.get("MAMBAZOO_TEST_DATA") or ROOT.parent / "shared" / "data")
+
+# a shell has what it runs in the background ignore interrupts, and so would all that is started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
