@@ -366,7 +366,7 @@ def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tupl
     config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
     config = _as_it_was(config, checkpoint)
     config.pop("name", None)
-    if unlabelled := unlabelled and takes(config["data"], "classes"):
+    if unlabelled := unlabelled and all(takes(config["data"], key) for key in ("labels", "classes")):
         _name_classes(config["data"], checkpoint)
     if (run / TOKENIZER).is_file() and not any(
         override.startswith("data.tokenizer=") for override in overrides

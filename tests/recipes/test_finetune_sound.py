@@ -1,9 +1,6 @@
-"""Models of sound that go on with other recordings: what they take over, and recordings that nobody has labelled."""
+"""Models of sound that go on with other recordings: what they take over, and what starts anew."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from mambazoo.checkpoints.io import from_pretrained, save_pretrained
 from mambazoo.datamodules.waveform import Waveform
 from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.classification import SequenceClassifier
-from mambazoo.zoo.saving import read_checkpoint
 
 from .command import SMALL, Command
 
@@ -44,53 +40,6 @@ def test_a_model_of_sound_hears_what_it_was_trained_on(
     code, out, err = mambazoo("check", *given, "data.sample_rate=4000")
     assert code == 0, err
     assert "raw heard sound of sample_rate 8000, and data.sample_rate is 4000" in caplog.text + out + err
-
-
-def test_recordings_that_nobody_has_labelled_are(
-    mambazoo: Command, heard: str, sounds: Path, tmp_path: Path
-) -> None:
-    code, _, err = mambazoo("finetune", "audio/finetune", heard, f"data.paths={sounds}", *SMALL)
-    assert code == 0, err
-    run = Path("runs/audio/finetune/1")
-
-    def predicted(*overrides: str) -> dict[str, dict[str, Any]]:
-        code, _, err = mambazoo("predict", str(run), *overrides)
-        assert code == 0, err
-        rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-        return {row.pop("name"): row for row in rows}
-
-    labelled = predicted("data.test=[*/00000001*,*/00000003*]")
-    assert list(labelled) == [
-        f"{label}/0000000{i}_nohash_0.flac" for label in ("high", "low") for i in (1, 3)
-    ]
-    assert len({str(row) for row in labelled.values()}) == 4
-    flat = tmp_path / "clips"
-    flat.mkdir()
-    for i, name in enumerate(labelled):
-        shutil.copy(sounds / name, flat / f"{i}.flac")
-    clips = f"data.paths={flat}"
-    found = predicted(clips, "data.labels=null")
-    assert found == {f"{i}.flac": row for i, row in enumerate(labelled.values())}
-    # without labels nothing is measured, and who forgets to say that there are none is told how
-    for verb, overrides, message in (
-        ("predict", [clips], "0.flac is in no folder, which would be its label"),
-        ("predict", [clips], "for recordings that nobody has labelled write data.labels=null"),
-        ("test", [clips, "data.labels=null"], "data.labels: must be given to learn or measure"),
-        (
-            "validate",
-            [clips, "data.labels=null", "data.classes=[high,low]"],
-            "data.labels: null leaves nothing",
-        ),
-        ("predict", [clips, "data.classes=[high,low]"], "data.classes: are of unlabelled recordings"),
-    ):
-        code, _, err = mambazoo(verb, str(run), *overrides)
-        assert (code, message in err) == (2, True), err
-    # a classifier of before knows its classes by its vocabulary
-    path = run / "checkpoints" / "best.ckpt"
-    checkpoint = read_checkpoint(path)
-    del checkpoint["hyper_parameters"]["classes"]
-    torch.save(checkpoint, path)
-    assert predicted(clips, "data.labels=null") == found
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,6 @@ from .command import Command
 TINY = Path(__file__).resolve().parents[1] / "tiny.yaml"
 RECIPES = [recipe for recipe in packaged() if recipe.runs]
 FRAGMENTS = [recipe for recipe in packaged() if not recipe.runs]
-
-
 Small = dict[str, dict[str, Any]]
 
 
