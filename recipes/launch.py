@@ -178,13 +178,17 @@ def objections(config: dict[str, Any], known: list[str]) -> list[str]:
         if section not in ("data", "callbacks", FINETUNE):
             continue
         given = values[section][name] if name else values[section]
-        rest = {option: value for option, value in given.items() if f"{key}.{option}" not in wrong}
-        # a TypeError: what is wrong is something that it cannot do without
-        with contextlib.suppress(TypeError):
-            try:
-                class_(**rest)
-            except (ValueError, OSError) as error:
-                found += str(error).splitlines()
+        before: set[str] | None = None
+        while before != wrong:
+            before = set(wrong)
+            rest = {option: value for option, value in given.items() if f"{key}.{option}" not in wrong}
+            # a TypeError: what is wrong is something that it cannot do without
+            with contextlib.suppress(TypeError):
+                try:
+                    class_(**rest)
+                except (ValueError, OSError) as error:
+                    found += (objected := str(error).splitlines())
+                    wrong |= {problem.partition(":")[0] for problem in objected}
     return found
 
 

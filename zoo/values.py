@@ -120,9 +120,10 @@ def one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def positive(where: str, config: Config, *names: str) -> None:
-    for name in names:
-        if not (value := getattr(config, name)) > 0:
-            raise ValueError(f"{where}.{name}: must be above 0, not {value}")
+    values = {name: getattr(config, name) for name in names}
+    if wrong := [name for name, value in values.items() if not value > 0]:
+        raise ValueError("\n".join(f"{where}.{name}: must be above 0, not {values[name]}" for name in wrong))
+    for name, value in values.items():
         at_most(f"{where}.{name}", value, LARGEST)
 
 

@@ -400,13 +400,14 @@ def test_check_finds_everything_at_once(mambazoo: Command) -> None:
 
 def test_check_finds_values_that_make_no_sense_in_every_section(mambazoo: Command) -> None:
     result = mambazoo(
-        "check", "language/demo", "model.backbone.n_layers=0", "model.backbone.mamba.d_state=-3",
-        "model.optimizer.lr=-1", "data.length=0", "callbacks.average.decay=4", "callbacks.compile.mode=graph",
+        "check", "language/demo", "model.backbone.n_layers=0", "model.backbone.d_model=-1",
+        "model.backbone.mamba.d_state=-3", "model.optimizer.lr=-1", "data.num_workers=-1", "data.length=0",
+        "callbacks.average.decay=4", "callbacks.compile.mode=graph",
     )  # fmt: skip
     assert result.code == 2
     assert {line.split(": ")[1] for line in result.err.splitlines()} == {
-        "model.backbone.n_layers", "model.backbone.mamba.d_state", "model.optimizer.lr", "data.length",
-        "callbacks.average.decay", "callbacks.compile.mode",
+        "model.backbone.n_layers", "model.backbone.d_model", "model.backbone.mamba.d_state", "model.optimizer.lr",
+        "data.num_workers", "data.length", "callbacks.average.decay", "callbacks.compile.mode",
     }  # fmt: skip
 
 
