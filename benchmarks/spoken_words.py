@@ -38,6 +38,8 @@ def say(word: str, voice: str, length: float, height: float, rate: int) -> NDArr
         command = ["flite", "-voice", voice, "--setf", features[0], "--setf", features[1], "-t", word]
         subprocess.run([*command, "-o", str(file)], check=True)
         written, own = soundfile.read(file, dtype="float32")
+    if not np.any(written):
+        raise SystemExit(f"flite says nothing of {word!r}; give a word")
     sound = torchaudio.functional.resample(torch.from_numpy(written), own, rate).numpy()
     loudest = np.abs(sound).max()
     loud = np.flatnonzero(np.abs(sound) > _SILENCE * loudest)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import IGNORE, DataModule, Samples
 from .baselines import markov_bits, prediction_bits
-from .classes import count_classes, label_recordings, sort_classes
+from .classes import count_classes, expression, label_recordings, sort_classes
 from .recording_splits import KEYS, Places, Selection, split_recordings
 from .recordings import RecordingFiles, Recordings, find_recordings
 from .sound import RATES
@@ -74,6 +74,8 @@ class RecordingsDataModule(DataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         _check(sample_rate, length, valid, test, trim_silence)
+        if speaker is not None:
+            expression(speaker, "data.speaker")
         self.length, self.speaker, self.by_time = length, speaker, by_time
         self.train, self.valid, self.test = train, valid, test
         sources = find_recordings([paths] if isinstance(paths, str) else paths)
@@ -90,6 +92,7 @@ class RecordingsDataModule(DataModule):
         self.waveform = Waveform(encoding, sample_rate, self.classes)
         self.vocab_size = self.waveform.size
         self.files = RecordingFiles(sources, sample_rate, trim_silence, normalise)
+        self.recordings: Recordings | None = None
         self.parts: dict[str, Stretches] = {}
         # of each split, the class of each recording
         self.numbers: dict[str, NDArray[np.int64]] = {}
@@ -114,7 +117,7 @@ class RecordingsDataModule(DataModule):
     def setup(self, stage: str) -> None:
         if self.samples:
             return
-        recordings = self.files.open()
+        self.recordings = recordings = self.files.open()
         for split, found in self.split(recordings).items():
             self.parts[split] = part = Stretches(recordings.samples, found)
             seconds = int(part.sizes.sum()) / self.waveform.sample_rate

@@ -12,22 +12,30 @@ A loader may hand over integers of 8 or 16 bits, which are cheap to move; tasks 
 meet nowhere else: a data module knows no model, a task no file.
 """
 
+import hashlib
+import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .order import STAND_IN, EndlessBatches, OrderedBatches, permute
 
+log = logging.getLogger(__name__)
+
 Batch = Mapping[str, Tensor]
 IGNORE = -100
 # marks the row of a stand-in on its way to the batch
 _STAND_IN = "stand_in"
+# samples by which it is seen that data have changed
+_PROBES = 8
 
 
 class Samples(Protocol):
@@ -127,10 +135,27 @@ class DataModule(L.LightningDataModule):
         return {key: value.long() if value.dtype in small else value for key, value in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "vocabulary": self.vocabulary}
+        return {"position": self.position, "vocabulary": self.vocabulary, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+        first = self.trainer is not None and self.trainer.training and self.trainer.is_global_zero
+        if first and state.get("fingerprint") not in (None, self.fingerprint):
+            log.warning(
+                "the training data are others than when this checkpoint was written; the run will differ from one that "
+                "never stopped"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of how many training samples there are and of a few of them, by which changed data are known."""
+        samples = self.samples["train"]
+        digest = hashlib.blake2b(str(len(samples)).encode(), digest_size=16)
+        for place in range(_PROBES):
+            row = samples.read(place * (len(samples) - 1) // (_PROBES - 1), 0)
+            for name, value in row.items():
+                digest.update(name.encode() + np.asarray(value).tobytes())
+        return digest.hexdigest()
 
     def _held_out(self, split: str) -> DataLoader[Any]:
         world, rank = self._world()

@@ -60,25 +60,34 @@ def label_recordings(names: list[str], labels: str) -> dict[str, str]:
     return found
 
 
-def find_groups(names: list[str], expression: str, key: str) -> dict[str, str]:
+def find_groups(names: list[str], given: str, key: str) -> dict[str, str]:
     """What the first group of a regular expression matches in each name.
 
     Raises:
         ValueError: when it is no expression with a group, or finds nothing in a name.
     """
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{key}: {expression!r} is no regular expression ({error})") from None
-    if compiled.groups < 1:
-        raise ValueError(f"{key}: put what is meant in {expression!r} between parentheses, as in (\\d)_")
-    found = {}
+    compiled, found = expression(given, key), {}
     for name in names:
         match = compiled.search(name)
         if match is None or match[1] is None:
-            raise ValueError(f"{key}: {expression!r} finds nothing in {name}")
+            raise ValueError(f"{key}: {given!r} finds nothing in {name}")
         found[name] = match[1]
     return found
+
+
+def expression(given: str, key: str) -> re.Pattern[str]:
+    """A regular expression with a group.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    try:
+        compiled = re.compile(given)
+    except re.error as error:
+        raise ValueError(f"{key}: {given!r} is no regular expression ({error})") from None
+    if compiled.groups < 1:
+        raise ValueError(f"{key}: put what is meant in {given!r} between parentheses, as in (\\d)_")
+    return compiled
 
 
 def _from_table(names: list[str], path: Path) -> dict[str, str]:

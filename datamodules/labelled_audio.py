@@ -69,7 +69,8 @@ class LabelledAudioDataModule(RecordingsDataModule):
         return {"test": recordings.places}
 
     def names(self) -> list[str]:
-        return self.files.open().names_at(self.parts[self.tested].starts)
+        assert self.recordings is not None, "before setup"
+        return self.recordings.names_at(self.parts[self.tested].starts)
 
     def read_split(self, split: str, part: Stretches, labels: NDArray[np.int64] | None) -> Samples:
         if labels is None:

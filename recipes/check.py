@@ -15,7 +15,7 @@ def check(name: str, overrides: list[str]) -> int:
     config = compose(find(name), overrides)
     config.pop("name", None)
     from .finetune import Start
-    from .launch import PRETRAINED, objections
+    from .launch import PRETRAINED
     from .train import launched
 
     with tempfile.TemporaryDirectory() as folder:
@@ -29,12 +29,47 @@ def check(name: str, overrides: list[str]) -> int:
             if start is not None:
                 start.hand_over(launch, config)
         except (ValueError, OSError) as error:
-            problems = str(error).splitlines()
-            problems += objections(config, problems)
-            print("\n".join(f"mambazoo: {problem}" for problem in dict.fromkeys(problems)), file=sys.stderr)
+            problems = _all_problems(config, str(error).splitlines())
+            print("\n".join(f"mambazoo: {problem}" for problem in problems), file=sys.stderr)
             return 2
         _report(launch)
     return 0
+
+
+def _all_problems(config: dict[str, Any], found: list[str]) -> list[str]:
+    """Beside what was found first, what else is found where that is left out, until there is nothing new."""
+    from .launch import objections
+    from .train import launched
+
+    problems: list[str] = []
+    while found:
+        problems += found
+        wrong = {key for problem in problems for key in problem.partition(": ")[0].split(", ")}
+        config, found = _without(config, wrong), []
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                launched(config)
+            # a TypeError: what is left out is something that it cannot do without
+            except (ValueError, OSError, TypeError) as error:
+                found = str(error).splitlines() if not isinstance(error, TypeError) else []
+        found += objections(config)
+        # what is left out has another value now, or none, and keys that went with it are none of their own
+        new = {
+            problem: problem.partition(": ")[0].split(", ")
+            for problem in found
+            if "no such key" not in problem
+        }
+        found = [problem for problem, keys in new.items() if not wrong & set(keys)]
+    return list(dict.fromkeys(problems))
+
+
+def _without(section: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections but for those of dotted keys."""
+    kept = {name: value for name, value in section.items() if prefix + name not in keys}
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in kept.items()
+    }
 
 
 def _report(launch: Any) -> None:

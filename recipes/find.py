@@ -143,7 +143,7 @@ def compose(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
 
 
 def _parse(key: str, value: str) -> DictConfig:
-    """What an override says. YAML takes a word that begins with * for a reference; here it is a glob, and text."""
+    """What an override says. What begins with * is a reference in YAML, with [ a list; here, a glob or text too."""
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
     except yaml.YAMLError as error:
@@ -157,8 +157,8 @@ def _with_globs(value: str, error: yaml.YAMLError) -> str:
         # at commas, but for those in quotes and brackets
         items = re.findall(r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[^,])+""", value[1:-1])
         return f"[{', '.join(item if _is_yaml(item) else _with_globs(item, error) for item in items)}]"
-    # which may begin with a choice of letters
-    if re.match(r"(\[[^],]+\])?\*", value):
+    # which may begin with a choice of letters, as an expression may
+    if re.match(r"(\[[^],]+\])?\*|\[[^],]+\].", value):
         return json.dumps(value, ensure_ascii=False)
     raise error
 

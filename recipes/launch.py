@@ -165,30 +165,22 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def objections(config: dict[str, Any], known: list[str]) -> list[str]:
-    """What data module and callbacks of a recipe, built by themselves, object to, beside what is known of its keys."""
+def objections(config: dict[str, Any]) -> list[str]:
+    """What data module and callbacks of a recipe, built by themselves, object to."""
     try:
         classes, values, _ = _split_classes(config)
     except ValueError as error:
         return str(error).splitlines()
-    wrong = {problem.partition(":")[0] for problem in known}
     found: list[str] = []
     for key, class_ in classes.items():
         section, _, name = key.partition(".")
-        if section not in ("data", "callbacks", FINETUNE):
-            continue
-        given = values[section][name] if name else values[section]
-        before: set[str] | None = None
-        while before != wrong:
-            before = set(wrong)
-            rest = {option: value for option, value in given.items() if f"{key}.{option}" not in wrong}
-            # a TypeError: what is wrong is something that it cannot do without
+        if section in ("data", "callbacks", FINETUNE):
+            # a TypeError: it is not given something that it cannot do without
             with contextlib.suppress(TypeError):
                 try:
-                    class_(**rest)
+                    class_(**(values[section][name] if name else values[section]))
                 except (ValueError, OSError) as error:
-                    found += (objected := str(error).splitlines())
-                    wrong |= {problem.partition(":")[0] for problem in objected}
+                    found += str(error).splitlines()
     return found
 
 

@@ -1,6 +1,7 @@
 """What `generate` does with a model of sound: recordings to listen to (.wav), and a picture of each (.png)."""
 
 import dataclasses
+import itertools
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,12 +159,12 @@ def draw(samples: "NDArray[np.float32]", rate: int, start: int = 0) -> Any:
     seconds = len(samples) / rate
     figure = Figure(figsize=(10, 5), layout="constrained")
     wave, mel = figure.subplots(2, sharex=True)
-    # what is drawn of a column is from its least to its greatest sample
-    columns = np.array_split(samples, min(_WIDTH, len(samples)))
-    t = np.linspace(0, seconds, len(columns))
-    wave.fill_between(
-        t, [column.min() for column in columns], [column.max() for column in columns], linewidth=0.5
-    )
+    # what is drawn of a column is from its least to its greatest sample, the last one of the column before among them
+    bounds = np.linspace(0, len(samples), min(_WIDTH, len(samples)) + 1).astype(int)
+    columns = [samples[max(0, low - 1) : high] for low, high in itertools.pairwise(bounds)]
+    least, most = [column.min() for column in columns], [column.max() for column in columns]
+    # an edge is seen where there is no area
+    wave.fill_between(bounds[1:] / rate, least, most, color="C0", linewidth=0.5)
     wave.set(ylabel="amplitude", ylim=(-1, 1))
     decibels = spectrogram(torch.from_numpy(samples), rate)
     mel.imshow(decibels, origin="lower", aspect="auto", extent=(0, seconds, 0, len(decibels)), cmap="magma")

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def launched(config: dict[str, Any]) -> Launch:
         if isinstance(value, int | float) and value < least:
             raise ValueError(f"trainer.{name}: must be {least} or more, not {value}")
     try:
-        return Launch(config)
+        launch = Launch(config)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if "lightning" not in Path(last.filename).parts:
@@ -111,6 +112,13 @@ def launched(config: dict[str, Any]) -> Launch:
         of = {"seed": "seed_everything", "cli": "class_path"}
         key = of.get(Path(last.filename).stem, "trainer")
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+    told, data = launch.model.hparams.get("num_classes"), launch.datamodule
+    if told is not None and hasattr(data, "num_classes") and told != data.num_classes:
+        raise ValueError(
+            f"model.num_classes: is {told}, and the data have {data.num_classes or 'no'} classes (data.labels); "
+            "leave it out"
+        )
+    return launch
 
 
 def resume(name: str, overrides: list[str]) -> int:
@@ -232,7 +240,11 @@ def baseline(name: str, overrides: list[str]) -> int:
     recipe = find(name)
     config = compose(recipe, overrides)
     config.pop("name", None)
-    launch = launched(config)
+    with tempfile.TemporaryDirectory() as folder:
+        # its data may be as the model that it starts from wants them
+        if PRETRAINED in (config.get("model") or {}):
+            config = Start(config).complete(config, Path(folder))
+        launch = launched(config)
     _prepare(launch)
     found = False
     for what, value in launch.datamodule.baselines():
@@ -415,7 +427,16 @@ def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
             )
         )
     kept = checkpoint.get(type(launch.datamodule).__qualname__, {}).get("vocabulary")
-    if kept is not None and kept != launch.datamodule.vocabulary:
+    given = launch.datamodule.vocabulary
+    if kept is not None and kept != given:
+        if given and kept["kind"] == given["kind"] == "waveform":
+            changed = [key for key in ("encoding", "sample_rate", "classes") if kept.get(key) != given[key]]
+            raise ValueError(
+                "\n".join(
+                    f"data.{key}: the checkpoint has {kept.get(key)!r}, the recipe {given[key]!r}"
+                    for key in changed
+                )
+            )
         raise ValueError("data.tokenizer: is not the one that the checkpoint was trained with")
 
 

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,3 +322,22 @@ def test_the_digits_are_split_as_always(data: Path) -> None:
     served = module(digits, valid="*_[0-4].flac", labels=r"/(\d)_", speaker=r"_([a-z]+)_")
     assert served.counts == {"train": [180] * 10, "val": [20] * 10}
     assert served.majority["val"] == 0.1
+
+
+def test_who_goes_on_with_changed_data_is_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = module(folder).state_dict()
+    for changed, data in (
+        (False, module(folder)),
+        (False, module(folder, num_workers=2, batch_size=2)),
+        (True, module(folder, valid=0.3)),
+        (True, module(folder / "*_[0-1].wav", train="*_0.wav", valid="*_1.wav")),
+    ):
+        data.trainer = SimpleNamespace(training=True, is_global_zero=True)  # type: ignore[assignment]
+        caplog.clear()
+        data.load_state_dict(state)
+        assert ("the training data are others" in caplog.text) is changed
+    # a checkpoint of before tells nothing
+    data.load_state_dict({"position": 8})
+    assert data.position == 8

@@ -80,3 +80,12 @@ def test_a_model_that_speaks_by_class_starts_anew_with_other_classes(
     code, _, err = mambazoo("predict", "runs/speak/1", "data.labels=null")
     assert code == 2
     assert "data.classes" not in err
+
+
+def test_what_simple_models_reach_is_known_before_fine_tuning(
+    mambazoo: Command, heard: str, sounds: Path
+) -> None:
+    code, out, err = mambazoo(
+        "baseline", "audio/finetune", heard, f"data.paths={sounds}", "data.valid=0.3", "data.length=200"
+    )
+    assert (code, "regression on log-mel spectra, accuracy" in out) == (0, True), err

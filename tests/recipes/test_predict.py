@@ -52,6 +52,11 @@ def test_recordings_that_nobody_has_labelled_are(mambazoo: Command, sounds: Path
             "data.labels: null leaves nothing",
         ),
         ("predict", [clips, "data.classes=[high,low]"], "data.classes: are of unlabelled recordings"),
+        (
+            "predict",
+            [clips, "data.labels=null", "data.sample_rate=16000"],
+            "data.sample_rate: the checkpoint has 8000, the recipe 16000",
+        ),
     ):
         code, _, err = mambazoo(verb, str(run), *overrides)
         assert (code, message in err) == (2, True), err

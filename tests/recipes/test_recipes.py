@@ -168,6 +168,7 @@ def test_overrides_come_before_interpolation() -> None:
         ("'*.txt'", "*.txt"),
         ("'[*.txt]'", "[*.txt]"),
         ("a*b", "a*b"),
+        (r"[0-9]_([a-z]+)_", r"[0-9]_([a-z]+)_"),
     ],
 )
 def test_a_glob_is_text(given: str, value: object) -> None:

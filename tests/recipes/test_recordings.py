@@ -13,6 +13,7 @@ from mambazoo.datamodules.waveform import Waveform
 from mambazoo.recipes.recordings import draw, spectrogram
 from mambazoo.zoo.audio import WaveformModel
 from mambazoo.zoo.language import LanguageModel
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from .command import call
 
@@ -165,6 +166,19 @@ def test_pictures_of_any_recording(rate: int, length: int) -> None:
         figure = draw(np.linspace(-1, 1, length, dtype=np.float32), rate, start=length // 2)
     wave, mel = figure.axes
     assert wave.get_xlim()[1] == mel.get_xlim()[1] == pytest.approx(length / rate)
+
+
+@pytest.mark.parametrize("length", [2, 100, 1600, 30000])
+def test_a_wave_is_seen_all_along_whatever_its_length(length: int) -> None:
+    figure = draw(0.5 * (-1.0) ** np.arange(length, dtype=np.float32), 8000)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    wave = figure.axes[0]
+    wave.grid(False)
+    (left, bottom), (right, top) = wave.transData.transform([(0, -0.4), (length / 8000, 0.4)]).astype(int)
+    pixels = np.asarray(canvas.buffer_rgba())[::-1][bottom:top, left + 2 : right - 2, :3]
+    # every column of pixels has some that are not white, but for what is between two samples that are far apart
+    assert (pixels.min(axis=(0, 2)) < 255).mean() > (0.9 if length > 2 else 0.4)
 
 
 def test_a_tone_lies_in_its_band() -> None:

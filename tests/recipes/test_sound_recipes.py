@@ -53,6 +53,22 @@ def test_check_says_what_there_is_to_hear(waveforms: Path, capsys: pytest.Captur
         (["data.speed=3"], ["data.speed: must be 1 at most"]),
         (["data.encoding=float"], []),
         (["data.valid=2"], ["data.valid: a fraction must be between 0 and 1"]),
+        (["data.speaker=(x"], ["data.speaker: '(x' is no regular expression"]),
+        (
+            [
+                "model.patch=0",
+                "model.pooling=loud",
+                "model.backbone.dropout=2",
+                "data.valid=0.5",
+                "data.test=0.6",
+            ],
+            [
+                "model.backbone.dropout: must be",
+                "data.valid: 0.5 and",
+                "model.patch, model.",
+                "model.pooling: must be",
+            ],
+        ),
     ],
 )
 def test_check_says_what_is_wrong(
@@ -63,6 +79,17 @@ def test_check_says_what_is_wrong(
     assert len(lines) == len(problems)
     for line, problem in zip(lines, problems, strict=True):
         assert line.startswith(f"mambazoo: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [("folder", "is 3, and the data have 2 classes"), ("null", "is 3, and the data have no classes")],
+)
+def test_a_model_has_as_many_classes_as_its_data(
+    waveforms: Path, capsys: pytest.CaptureFixture[str], labels: str, problem: str
+) -> None:
+    assert call("check", waveforms, "model.num_classes=3", f"data.labels={labels}") == 2
+    assert capsys.readouterr().err == f"mambazoo: model.num_classes: {problem} (data.labels); leave it out\n"
 
 
 def test_simple_models_are_measured(
