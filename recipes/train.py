@@ -19,16 +19,15 @@ from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .find import SECTIONS, TESTED, Recipe, compose, find, flat, latest_run
-from .finetune import Start, class_names, complete_backbone, save_adapter, takes
+from .agreement import as_it_was, must_fit, refuse_changes
+from .find import SECTIONS, TESTED, Recipe, compose, find, latest_run
+from .finetune import Start, class_names, save_adapter, takes
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
 from .launchers import first_says, is_first, starter
 from .runs import draw, environment, make_run, record, summarise, surroundings
 
 # how a run is measured: every sample once, and in order
 _ALONE = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
-# what of the model a resumed run may change: it is no part of any state
-_FREE = ("model.optimizer.anomaly", "model.optimizer.spike")
 # the callbacks that a run without training needs, and the sections of a recipe that it reads anew
 _WATCHING, _MEASURED = ("progress",), ("data", "trainer")
 # what Lightning takes less of, and divides by or climbs up with
@@ -132,14 +131,14 @@ def resume(name: str, overrides: list[str]) -> int:
     recipe = find(str(run))
     place = f"trainer.default_root_dir={run}"
     checkpoint = read_checkpoint(path)
-    kept = _as_it_was(compose(recipe, [place]), checkpoint)
-    _refuse_changes(_as_it_was(compose(recipe, [*overrides, place]), checkpoint), kept)
+    kept = as_it_was(compose(recipe, [place]), checkpoint)
+    refuse_changes(as_it_was(compose(recipe, [*overrides, place]), checkpoint), kept)
     step = checkpoint["global_step"]
-    config = _as_it_was(compose(recipe, [*overrides, place, *_purged(kept, step)]), checkpoint)
+    config = as_it_was(compose(recipe, [*overrides, place, *_purged(kept, step)]), checkpoint)
     config.pop("name", None)
     launch = launched(config)
     _prepare(launch)
-    _must_fit(launch, checkpoint)
+    must_fit(launch, checkpoint)
     os.environ["MAMBAZOO_RUN"] = str(run)
     if launch.trainer.is_global_zero:
         if problems:
@@ -163,7 +162,7 @@ def _begin_again(run: Path, overrides: list[str]) -> int:
     recipe = find(str(run))
     place = f"trainer.default_root_dir={run}"
     kept = compose(recipe, [place])
-    _refuse_changes(compose(recipe, [*overrides, place]), kept)
+    refuse_changes(compose(recipe, [*overrides, place]), kept)
     config = compose(recipe, [*overrides, place, *_purged(kept, 0)])
     config.pop("name", None)
     launch = _ready(config, Start(config) if config["model"].get(PRETRAINED) else None)
@@ -376,7 +375,7 @@ def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tupl
     # one process sees every sample once, and in order
     alone = [f"{key}={value}" for key, value in _ALONE.items()]
     config = compose(find(str(run)), [f"trainer.default_root_dir={run}", *alone, *overrides])
-    config = _as_it_was(config, checkpoint)
+    config = as_it_was(config, checkpoint)
     config.pop("name", None)
     if unlabelled := unlabelled and all(takes(config["data"], key) for key in ("labels", "classes")):
         _name_classes(config["data"], checkpoint)
@@ -393,7 +392,7 @@ def reopen(name: str, overrides: list[str], *, unlabelled: bool = False) -> tupl
         hint = "\nfor recordings that nobody has labelled write data.labels=null"
         raise ValueError(f"{error}{hint if unlabelled and 'label' in str(error) else ''}") from None
     _prepare(launch, unlabelled=unlabelled)
-    _must_fit(launch, checkpoint)
+    must_fit(launch, checkpoint)
     return launch, path
 
 
@@ -404,58 +403,3 @@ def _name_classes(data: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     arguments = checkpoint.get("hyper_parameters", {})
     kept = checkpoint.get(str(data["class_path"]).rpartition(".")[2], {})
     data["classes"] = class_names(arguments, kept.get("vocabulary"))
-
-
-def _as_it_was(config: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A run's recipe where its model decides what is left to the backbone's defaults, which may have changed since."""
-    stored, model = checkpoint.get("hyper_parameters", {}).get("backbone"), config["model"]
-    if not stored:
-        return config
-    return {**config, "model": {**model, "backbone": complete_backbone(model.get("backbone") or {}, stored)}}
-
-
-def _must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model, or of one that reads other tokens."""
-    before, after = flat(checkpoint.get("hyper_parameters", {})), flat(dict(launch.model.hparams))
-    # what the checkpoint does not know was not there then
-    known = [key for key in after if key in before and not key.startswith("optimizer.")]
-    changed = [key for key in known if before[key] != after[key]]
-    if changed:
-        raise ValueError(
-            "\n".join(
-                f"{key}: the checkpoint has {before[key]!r}, the recipe {after[key]!r}" for key in changed
-            )
-        )
-    kept = checkpoint.get(type(launch.datamodule).__qualname__, {}).get("vocabulary")
-    given = launch.datamodule.vocabulary
-    if kept is not None and kept != given:
-        if given and kept["kind"] == given["kind"] == "waveform":
-            changed = [key for key in ("encoding", "sample_rate", "classes") if kept.get(key) != given[key]]
-            raise ValueError(
-                "\n".join(
-                    f"data.{key}: the checkpoint has {kept.get(key)!r}, the recipe {given[key]!r}"
-                    for key in changed
-                )
-            )
-        raise ValueError("data.tokenizer: is not the one that the checkpoint was trained with")
-
-
-def _refuse_changes(config: dict[str, Any], kept: dict[str, Any]) -> None:
-    """Say what a resumed run cannot change: the model, and what the optimiser's saved state would override."""
-    before, after = flat(kept), flat(config)
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    refused = [key for key in changed if key.startswith(("model.", "finetune.")) and key not in _FREE]
-    if refused:
-        raise ValueError(
-            "\n".join(
-                f"{key}: is {before.get(key)!r} in this run and cannot become {after.get(key)!r}"
-                for key in refused
-            )
-            + "\nthese are the run's; `mambazoo fit` starts a new run"
-        )
-    for key in changed:
-        if key.startswith("data.") or key == "trainer.max_steps":
-            print(
-                f"{key}: was {before.get(key)!r}; the run will differ from one that never stopped",
-                file=sys.stderr,
-            )
