@@ -9,6 +9,7 @@ same bytes.
 """
 
 import io
+import shutil
 import subprocess
 import tempfile
 import zipfile
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--sample-rate", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if shutil.which("flite") is None:
+        raise SystemExit("flite is not there; install it, as by apt install flite")
     lots, rate = np.random.default_rng(arguments.seed), arguments.sample_rate
     with zipfile.ZipFile(arguments.output, "w") as archive:
         for number in range(arguments.number):

@@ -118,6 +118,7 @@ class RecordingsDataModule(DataModule):
         if self.samples:
             return
         self.recordings = recordings = self.files.open()
+        self.fingerprint = recordings.digest
         for split, found in self.split(recordings).items():
             self.parts[split] = part = Stretches(recordings.samples, found)
             seconds = int(part.sizes.sum()) / self.waveform.sample_rate

@@ -127,6 +127,7 @@ class GenomeDataModule(DataModule):
         if self.genomes:
             return
         self.genomes = [files.open() for files in self.files]
+        self.fingerprint = " ".join(genome.digest for genome in self.genomes)
         splits = split_genomes(self.genomes, self.train, self.valid, self.test)
         self.parts = {split: self._places(parts) for split, parts in splits.items()}
         hidden = select(self.genomes, self.hide or [], "data.hide")

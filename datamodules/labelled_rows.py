@@ -108,6 +108,7 @@ class LabelledRowsDataModule(DataModule):
         if self.samples:
             return
         folder = self._folder()
+        self.fingerprint = folder.name
         for split in json.loads((folder / "splits.json").read_text()):
             rows = LabelledRows(folder, split)
             self.samples[split] = rows

@@ -13,9 +13,8 @@ import logging
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -186,7 +185,9 @@ class RecordingFiles:
                 try:
                     count, content = self._store(self._decode(source, scratch), output)
                 except ValueError as error:
-                    skipped[source.name] = str(error)
+                    # in several paths there may be files of one name
+                    named = source.name if source.name not in skipped else source.files[0].as_posix()
+                    skipped[named] = str(error)
                 else:
                     names.append(source.name)
                     starts.append(starts[-1] + count)
@@ -258,26 +259,12 @@ def find_recordings(paths: list[str]) -> list[Source]:
     """A recording for each file of sound: given itself, in a folder, in a .zip, or matched by a glob; or sample:NAME.
 
     Its name is the file's; of a file in a folder or a .zip, its path in there, whose folders are then part of the name.
-    Where files that are found in several paths would have one name, that begins with the path's own.
 
     Raises:
         FileNotFoundError: when a path, folder or glob holds no file of sound.
         ValueError: when a file is of no kind that is read, or a .zip is none.
     """
-    found = [(Path(given), source) for given in paths for source in _find(given)]
-    called: dict[str, set[Source]] = {}
-    for _, source in found:
-        called.setdefault(source.name, set()).add(source)
-    ends = Counter(Path(given).name for given in set(paths))
-
-    def told_apart(path: Path, source: Any) -> Source:
-        if len(called[source.name]) == 1:
-            return source
-        if source.name == path.name:
-            return replace(source, name=path.as_posix())
-        return replace(source, name=f"{path.name if ends[path.name] == 1 else path.as_posix()}/{source.name}")
-
-    return [told_apart(path, source) for path, source in found]
+    return [source for given in paths for source in _find(given)]
 
 
 def _find(given: str) -> list[Source]:

@@ -87,6 +87,7 @@ class TextDataModule(DataModule):
         if self.corpus is not None:
             return
         self.corpus = corpus = self.recipe.open()
+        self.fingerprint = corpus.digest
         for name, split in corpus.splits.items():
             log.info(
                 "%s: %d documents, %d bytes, %d tokens, corpus %s",

@@ -34,13 +34,13 @@ def must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:
     kept = checkpoint.get(type(launch.datamodule).__qualname__, {}).get("vocabulary")
     given = launch.datamodule.vocabulary
     if kept is not None and kept != given:
-        if given and kept.get("kind") == given["kind"] == "waveform":
-            changed = [key for key in ("encoding", "sample_rate", "classes") if kept.get(key) != given[key]]
+        of_sound = given is not None and kept.get("kind") == given["kind"] == "waveform"
+        for key in ("encoding", "sample_rate") if of_sound else ():
+            if kept[key] != given[key]:
+                raise ValueError(f"data.{key}: the checkpoint has {kept[key]!r}, the recipe {given[key]!r}")
+        if of_sound:
             raise ValueError(
-                "\n".join(
-                    f"data.{key}: the checkpoint has {kept.get(key)!r}, the recipe {given[key]!r}"
-                    for key in changed
-                )
+                f"data.labels: the checkpoint has {kept.get('classes')!r}, the data {given['classes']!r}"
             )
         raise ValueError("data.tokenizer: is not the one that the checkpoint was trained with")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,48 +20,68 @@ def check(name: str, overrides: list[str]) -> int:
     from .train import launched
 
     with tempfile.TemporaryDirectory() as folder:
-        start = None
+        start, complete = None, False
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 if PRETRAINED in (config.get("model") or {}):
                     start = Start(config)
                     config = start.complete(config, Path(folder))
+                complete = True
                 launch = launched(config)
             if start is not None:
                 start.hand_over(launch, config)
         except (ValueError, OSError) as error:
-            problems = _all_problems(config, str(error).splitlines())
+            problems = _all_problems(config, str(error).splitlines(), complete)
             print("\n".join(f"mambazoo: {problem}" for problem in problems), file=sys.stderr)
             return 2
         _report(launch)
     return 0
 
 
-def _all_problems(config: dict[str, Any], found: list[str]) -> list[str]:
-    """Beside what was found first, what else is found where that is left out, until there is nothing new."""
+def _all_problems(config: dict[str, Any], found: list[str], complete: bool) -> list[str]:
+    """Beside what was found first, what is found where that is left out, until nothing else is or can be left out.
+
+    Args:
+        complete: whether all is there to build the model; else the other sections are looked at alone.
+    """
     from .launch import objections
     from .train import launched
 
-    problems: list[str] = []
-    while found:
-        problems += found
-        wrong = {key for problem in problems for key in problem.partition(": ")[0].split(", ")}
-        config, found = _without(config, wrong), []
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                launched(config)
-            # a TypeError: what is left out is something that it cannot do without
-            except (ValueError, OSError, TypeError) as error:
-                found = str(error).splitlines() if not isinstance(error, TypeError) else []
-        found += objections(config)
-        # what is left out has another value now, or none, and keys that went with it are none of their own
-        new = {
-            problem: problem.partition(": ")[0].split(", ")
-            for problem in found
-            if "no such key" not in problem
-        }
-        found = [problem for problem, keys in new.items() if not wrong & set(keys)]
-    return list(dict.fromkeys(problems))
+    def build(config: dict[str, Any]) -> list[str]:
+        try:
+            launched(config)
+        except (ValueError, OSError) as error:
+            return str(error).splitlines()
+        return []
+
+    problems, left = list(dict.fromkeys(found)), None
+    wrong = {key for problem in problems for key in _keys(problem)}
+    config = _without(config, wrong)
+    while config != left:
+        left = config
+        for attempt in (build, objections) if complete else (objections,):
+            # an error of another kind: what is left out is something that others cannot do without
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+                new = [problem for problem in dict.fromkeys(attempt(config)) if not _follows(problem, wrong)]
+                problems += [problem for problem in new if problem not in problems]
+            wrong = {key for problem in problems for key in _keys(problem)}
+            config = _without(config, wrong)
+    return problems
+
+
+def _keys(problem: str) -> list[str]:
+    """The values that a problem is about; of a section as a whole there is none that could be left out."""
+    match = re.match(r"[\w.]+(, [\w.]+)*(?=: )", problem)
+    return [key for key in match[0].split(", ") if "." in key] if match else []
+
+
+def _follows(problem: str, wrong: set[str]) -> bool:
+    """Whether a problem is there since something wrong was left out."""
+    keys = _keys(problem)
+    if "no such key" in problem:
+        # of what is beside it, that is
+        return any(key.rpartition(".")[0] == other.rpartition(".")[0] for key in keys for other in wrong)
+    return any(f"{key}.".startswith(f"{other}.") for key in keys for other in wrong)
 
 
 def _without(section: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:

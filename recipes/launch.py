@@ -85,7 +85,9 @@ class Launch(LightningCLI):
                 break
             except _Problem as problem:
                 message, key = problem.explain(parser)
-                problems.append(message)
+                # what it went on without may be required
+                if not any(known.startswith(f"{message.partition(':')[0]}:") for known in problems):
+                    problems.append(message)
                 # go on without the key, to find what else is wrong
                 if not _drop(args, key):
                     break

@@ -112,11 +112,15 @@ def launched(config: dict[str, Any]) -> Launch:
         key = of.get(Path(last.filename).stem, "trainer")
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
     told, data = launch.model.hparams.get("num_classes"), launch.datamodule
-    if told is not None and hasattr(data, "num_classes") and told != data.num_classes:
-        raise ValueError(
-            f"model.num_classes: is {told}, and the data have {data.num_classes or 'no'} classes (data.labels); "
-            "leave it out"
-        )
+    if (
+        told is not None
+        and "num_classes" in getattr(data, "PROVIDES", ())
+        and not 0 < (data.num_classes or 0) <= told
+    ):
+        # data that have none are recordings, of which some models make those of a class
+        none = "no classes; give data.labels, or"
+        there_are = f"{data.num_classes} classes;" if data.num_classes else none
+        raise ValueError(f"model.num_classes: is {told}, and the data have {there_are} leave it out")
     return launch
 
 
@@ -240,15 +244,15 @@ def baseline(name: str, overrides: list[str]) -> int:
     config = compose(recipe, overrides)
     config.pop("name", None)
     with tempfile.TemporaryDirectory() as folder:
-        # its data may be as the model that it starts from wants them
-        if PRETRAINED in (config.get("model") or {}):
+        # its data may be as the model that it starts from wants them; those of a run are so already
+        if (config.get("model") or {}).get(PRETRAINED) and not Path(name).is_dir():
             config = Start(config).complete(config, Path(folder))
         launch = launched(config)
-    _prepare(launch)
-    found = False
-    for what, value in launch.datamodule.baselines():
-        found = True
-        print(f"{value:8.4f}  {what}", flush=True)
+        _prepare(launch)
+        found = False
+        for what, value in launch.datamodule.baselines():
+            found = True
+            print(f"{value:8.4f}  {what}", flush=True)
     if not found:
         raise ValueError(f"{recipe.name}: nothing simple is known to compare with on this data")
     return 0

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -328,16 +329,20 @@ def test_who_goes_on_with_changed_data_is_told(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = module(folder).state_dict()
+    # one recording is another
+    shutil.copytree(folder, tmp_path / "sounds")
+    name = next(iter(SIZES))
+    soundfile.write(tmp_path / "sounds" / name, draw(name)[::-1], RATE)
     for changed, data in (
+        (True, module(tmp_path / "sounds")),
         (False, module(folder)),
         (False, module(folder, num_workers=2, batch_size=2)),
-        (True, module(folder, valid=0.3)),
-        (True, module(folder / "*_[0-1].wav", train="*_0.wav", valid="*_1.wav")),
+        (True, module(folder / "*_ann_*.wav")),
     ):
         data.trainer = SimpleNamespace(training=True, is_global_zero=True)  # type: ignore[assignment]
         caplog.clear()
         data.load_state_dict(state)
-        assert ("the training data are others" in caplog.text) is changed
+        assert ("the data are others" in caplog.text) is changed
     # a checkpoint of before tells nothing
     data.load_state_dict({"position": 8})
     assert data.position == 8

@@ -412,6 +412,38 @@ def test_check_finds_values_that_make_no_sense_in_every_section(mambazoo: Comman
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (
+            ["language/demo", "trainer.accumulate_grad_batches=0", "data.lenght=5", "data.batch_size=-1"],
+            ["trainer.accumulate_grad_batches", "data.lenght", "data.batch_size"],
+        ),
+        (
+            ["language/demo", "trainer.gradient_clip_algorithm=loud", "data.length=0"],
+            ["data.length", "trainer"],
+        ),
+        (
+            ["language/demo", "trainer.accumulate_grad_batches=0", "data.paths=[1]"],
+            ["trainer.accumulate_grad_batches", "data.paths"],
+        ),
+        # keys of what is wrong are no mistakes, nor is what it would be otherwise
+        (["audio/demo", "data.length=0", "data.valid=0.3", "data.test=0.95"], ["data.length", "data.valid"]),
+        (
+            ["language/finetune", "model.pretrained=/nope", "data.length=0", "data.paths=/nope"],
+            ["model.pretrained", "data.length", "data.paths"],
+        ),
+        (
+            ["audio/demo", "model.backbone.pool=[0,3]", "model.backbone.dropout=-1"],
+            ["model.backbone.dropout", "model.backbone.pool"],
+        ),
+    ],
+)
+def test_check_looks_behind_what_is_wrong(mambazoo: Command, given: list[str], named: list[str]) -> None:
+    result = mambazoo("check", *given)
+    assert (result.code, [line.split(": ")[1] for line in result.err.splitlines()]) == (2, named), result.err
+
+
 def test_an_interrupt_among_imports_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time\n    time.sleep(0)\n"

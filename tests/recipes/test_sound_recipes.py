@@ -83,13 +83,16 @@ def test_check_says_what_is_wrong(
 
 @pytest.mark.parametrize(
     ("labels", "problem"),
-    [("folder", "is 3, and the data have 2 classes"), ("null", "is 3, and the data have no classes")],
+    [
+        ("folder", "is 1, and the data have 2 classes; leave it out"),
+        ("null", "is 1, and the data have no classes; give data.labels, or leave it out"),
+    ],
 )
 def test_a_model_has_as_many_classes_as_its_data(
     waveforms: Path, capsys: pytest.CaptureFixture[str], labels: str, problem: str
 ) -> None:
-    assert call("check", waveforms, "model.num_classes=3", f"data.labels={labels}") == 2
-    assert capsys.readouterr().err == f"mambazoo: model.num_classes: {problem} (data.labels); leave it out\n"
+    assert call("check", waveforms, "model.num_classes=1", f"data.labels={labels}") == 2
+    assert capsys.readouterr().err == f"mambazoo: model.num_classes: {problem}\n"
 
 
 def test_simple_models_are_measured(
