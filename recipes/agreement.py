@@ -1,4 +1,4 @@
-"""What a recipe and the checkpoint that it is run from must agree on."""
+"""What a model must agree on with its data, and a recipe with the checkpoint that it is run from."""
 
 import sys
 from typing import Any
@@ -17,6 +17,21 @@ def as_it_was(config: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, A
     if not stored:
         return config
     return {**config, "model": {**model, "backbone": complete_backbone(model.get("backbone") or {}, stored)}}
+
+
+def must_know_classes(launch: Launch) -> None:
+    """Refuse a model that was told of fewer classes than its data have, or of some where they have none."""
+    told, data = launch.model.hparams.get("num_classes"), launch.datamodule
+    if told is None or "num_classes" not in getattr(data, "PROVIDES", ()):
+        return
+    if data.num_classes is None:
+        raise ValueError(
+            f"model.num_classes: is {told}, and the data have no classes; give data.labels, or leave it out"
+        )
+    if data.num_classes > told:
+        raise ValueError(
+            f"model.num_classes: is {told}, and the data have {data.num_classes} classes; leave it out"
+        )
 
 
 def must_fit(launch: Launch, checkpoint: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ..zoo.lora import size
 from ..zoo.saving import BEST, Checkpoints, make_last, newest_checkpoint, read_checkpoint, write_whole
 from ..zoo.stopping import GracefulStop, StoppedError
 from ..zoo.throughput import Throughput
-from .agreement import as_it_was, must_fit, refuse_changes
+from .agreement import as_it_was, must_fit, must_know_classes, refuse_changes
 from .find import SECTIONS, TESTED, Recipe, compose, find, latest_run
 from .finetune import Start, class_names, save_adapter, takes
 from .launch import PRETRAINED, Launch, quiet, reuse_memory
@@ -111,16 +111,7 @@ def launched(config: dict[str, Any]) -> Launch:
         of = {"seed": "seed_everything", "cli": "class_path"}
         key = of.get(Path(last.filename).stem, "trainer")
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
-    told, data = launch.model.hparams.get("num_classes"), launch.datamodule
-    if (
-        told is not None
-        and "num_classes" in getattr(data, "PROVIDES", ())
-        and not 0 < (data.num_classes or 0) <= told
-    ):
-        # data that have none are recordings, of which some models make those of a class
-        none = "no classes; give data.labels, or"
-        there_are = f"{data.num_classes} classes;" if data.num_classes else none
-        raise ValueError(f"model.num_classes: is {told}, and the data have {there_are} leave it out")
+    must_know_classes(launch)
     return launch
 
 
